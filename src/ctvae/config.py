@@ -1,0 +1,292 @@
+"""One frozen, typed tree that says everything about a run. Defaults are the recommended recipe.
+
+    Config
+    ├── model         which autoencoder: Slice2D | Stack2D | Conv3D | Wavelet3D, told apart by `kind`
+    ├── data          intensity window, grid, patch
+    ├── autoencoder   how the autoencoder is trained
+    └── prior         how the flow prior is built and trained
+
+A recipe is a YAML file of overrides in `ctvae/recipes/`; its name is the method's name on the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ctvae.errors import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+WINDOW_PRESETS_HU = {
+    "full": (-1000.0, 1000.0),
+    "abdomen": (-50.0, 200.0),  # the research group's window
+    "soft": (-160.0, 240.0),
+}
+Size3 = tuple[int, int, int]
+Steps = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Slice2D(Section):
+    """A VAE on single axial slices; a volume is its slices side by side (`models/slice2d.py`)."""
+
+    kind: Literal["slice2d"] = "slice2d"
+    widths: tuple[int, ...] = Field((32, 64, 128, 256), description="channels after each stride-2 convolution")
+    latent_size: int = Field(128, ge=1, description="numbers per slice")
+
+    @property
+    def grid(self) -> Size3:
+        """A volume's D, H, W are multiples of these."""
+        step = 2 ** len(self.widths)
+        return 1, step, step
+
+
+class Stack2D(Section):
+    """2D convolutions with the slices of a group as input channels (`models/stack2d.py`)."""
+
+    kind: Literal["stack2d"] = "stack2d"
+    base: int = Field(2, ge=1, description="channels of the first convolution; each stage doubles them")
+    stages: int = Field(4, ge=1, le=8, description="stride-2 convolutions")
+    slices_per_stack: int = Field(64, ge=1, description="slices taken as input channels at a time")
+    latent_size: int = Field(128, ge=1, description="numbers per stack")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.base * 2**stage for stage in range(self.stages))
+
+    @property
+    def grid(self) -> Size3:
+        """A volume's D, H, W are multiples of these."""
+        return self.slices_per_stack, 2**self.stages, 2**self.stages
+
+
+class Conv3D(Section):
+    """Six 3D convolutions to one dense latent vector (`models/conv3d.py`)."""
+
+    kind: Literal["conv3d"] = "conv3d"
+    widths: tuple[int, ...] = Field((16, 32, 64, 128, 256, 512), description="channels after each convolution")
+    stride: int = Field(2, ge=1, le=2, description="stride of each convolution; 1 is the cited net, which fits nowhere")
+    latent_size: int = Field(64, ge=1, description="numbers per volume")
+
+    @property
+    def grid(self) -> Size3:
+        """A volume's D, H, W are multiples of these."""
+        step = self.stride ** len(self.widths)
+        return step, step, step
+
+
+class Wavelet3D(Section):
+    """A Haar stem, then a residual 3D KL autoencoder with spatial latents (`models/wavelet3d.py`)."""
+
+    kind: Literal["wavelet3d"] = "wavelet3d"
+    strides: tuple[Size3, ...] = Field(((2, 2, 2), (2, 2, 2)), description="per-axis (D H W) Haar steps, fine to coarse")
+    widths: tuple[int, ...] = Field((32, 128), description="channels after each Haar step")
+    blocks: tuple[int, ...] = Field((1, 3), description="residual blocks after each Haar step")
+    latent_channels: int = Field(8, ge=1, description="channels of the latent volume")
+    checkpointing: bool = Field(False, description="recompute each block in the backward pass: less memory, more time")
+
+    @property
+    def grid(self) -> Size3:
+        """Image voxels per latent voxel along D, H, W; a volume's D, H, W are multiples of these."""
+        d, h, w = 1, 1, 1
+        for stride in self.strides:
+            d, h, w = d * stride[0], h * stride[1], w * stride[2]
+        return d, h, w
+
+    @model_validator(mode="after")
+    def _one_entry_per_level(self) -> Wavelet3D:
+        if not len(self.strides) == len(self.widths) == len(self.blocks):
+            raise ValueError("strides, widths and blocks need one entry per level each")
+        if any(step not in (1, 2) for stride in self.strides for step in stride):
+            raise ValueError("a Haar step is 1 or 2 along each axis")
+        return self
+
+
+Model = Annotated[Slice2D | Stack2D | Conv3D | Wavelet3D, Field(discriminator="kind")]
+
+
+class Data(Section):
+    window_hu: tuple[float, float] = Field((-1000.0, 1000.0), description="HU mapped to -1..1; values beyond are clipped")
+    shape: Size3 | None = Field(None, description="D H W of a training group; none: the dataset's largest, on the model's grid")
+    patch: Size3 | None = Field(None, description="random crop per training step; none: whole groups (wavelet3d only)")
+    max_shift_voxels: Size3 = Field((0, 4, 4), description="random shift of each training group along D H W")
+    noise_hu: float = Field(0.0, ge=0, description="standard deviation of the noise added to training groups")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _window_by_name(cls, values: Any) -> Any:
+        window = values.get("window_hu") if isinstance(values, dict) else None
+        if isinstance(window, str):
+            if window not in WINDOW_PRESETS_HU:
+                raise ValueError(f"window_hu: {window!r} is not one of {', '.join(WINDOW_PRESETS_HU)}")
+            return {**values, "window_hu": WINDOW_PRESETS_HU[window]}
+        return values
+
+    @model_validator(mode="after")
+    def _window_is_ordered(self) -> Data:
+        if self.window_hu[0] >= self.window_hu[1]:
+            raise ValueError(f"window_hu: {self.window_hu[0]:g} is not below {self.window_hu[1]:g}")
+        return self
+
+
+class Training(Section):
+    """What both training stages have in common."""
+
+    steps: Steps = Field(6000, description="optimisation steps; the learning rate decays to zero over them")
+    minutes: float | None = Field(None, gt=0, description="stop here if steps are not done; the decay follows the clock")
+    batch: Steps = Field(1, description="groups (or patches) per step")
+    lr: Positive = Field(2e-3, description="peak learning rate")
+    warmup: int = Field(100, ge=1, description="steps of linear warm-up")
+    decay: Literal["cosine", "none"] = "cosine"
+    max_grad_norm: float = Field(1.0, gt=0)
+    ema_decay: Share = 0.995
+    precision: Literal["bf16", "fp32"] = "bf16"
+    log_every: int = Field(20, ge=1)
+    save_every: int = Field(200, ge=1, description="a multiple of log_every, so that no unseen loss is saved")
+
+    @model_validator(mode="after")
+    def _saved_only_after_the_finite_check(self) -> Training:
+        if self.save_every % self.log_every:
+            raise ValueError(f"save_every {self.save_every} is not a multiple of log_every {self.log_every}")
+        return self
+
+
+class AutoencoderTraining(Training):
+    reconstruction: Literal["l1", "mse_sum"] = Field("l1", description="l1: mean over voxels; mse_sum: summed, as in the cited nets")
+    reconstruction_weight: float = Field(1.0, gt=0)
+    kl_weight: float = Field(1e-6, ge=0, description="on the KL, averaged (l1) or summed (mse_sum) like the reconstruction")
+    gradient_weight: float = Field(0.5, ge=0, description="L1 on finite differences along D, H, W")
+    soft_tissue_weight: float = Field(1.0, ge=0, description="L1 again inside -160..240 HU")
+
+
+class Prior(Training):
+    """A rectified flow over latents: coarse to fine for spatial latents, an MLP for vectors (`models/velocity.py`)."""
+
+    steps: Steps = 20000
+    batch: Steps = 8
+    lr: Positive = 5e-4
+    ema_decay: Share = 0.999
+    widths: tuple[int, ...] = Field((192, 320), description="channels of the coarse U-Net per resolution, fine to coarse")
+    blocks: int = Field(2, ge=1, description="residual blocks per resolution, down and up")
+    detail_width: int = Field(192, ge=8, description="channels of the convolutional detail flow")
+    detail_blocks: int = Field(6, ge=1)
+    detail_share: float = Field(0.35, gt=0, lt=1, description="share of the training time that the detail flow gets")
+    mlp_width: int = Field(512, ge=8, description="width of the MLP for vector latents")
+    encodings: int = Field(4, ge=1, description="augmented encodings stored per training group")
+    sampling_steps: int = Field(25, ge=1, description="Heun steps at generation; two evaluations each")
+    null_probability: float = Field(0.1, ge=0, le=1, description="share of steps that hide the conditions")
+
+
+class Config(Section):
+    method: str = "wavelet3d"
+    seed: int = Field(0, ge=0)
+    model: Model = Wavelet3D()
+    data: Data = Data()
+    autoencoder: AutoencoderTraining = AutoencoderTraining()
+    prior: Prior = Prior()
+
+
+def recipe_names() -> list[str]:
+    """Every method the command line knows, the default first."""
+    return sorted((path.stem for path in RECIPES.glob("*.yaml")), key=lambda name: (name != "wavelet3d", name))
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`, did you mean 'x'?` for the closest known name, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean '{close[0]}'?" if close else ""
+
+
+def load_recipe(method: str, overrides: Sequence[str] = ()) -> Config:
+    """The recipe called `method` with `key=value` overrides applied, e.g. `model.latent_channels=16`.
+
+    Raises ConfigError for an unknown method or key (naming the nearest one) and for values out of range.
+    """
+    path = RECIPES / f"{method}.yaml"
+    if method not in recipe_names():
+        raise ConfigError(f"unknown method '{method}'{nearest(method, recipe_names())} (known: {', '.join(recipe_names())})")
+    tree = {"method": method, **(yaml.safe_load(path.read_text()) or {})}
+    for override in overrides:
+        _set(tree, override)
+    return validated(tree, source=f"--set with method {method}" if overrides else path.name)
+
+
+def load_config(path: Path) -> Config:
+    """A saved `config.yaml`. Raises ConfigError."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from error
+    return validated(tree, source=str(path))
+
+
+def dump_config(cfg: Config) -> str:
+    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+
+
+def validated(tree: Any, source: str) -> Config:
+    """`Config` from a plain tree; pydantic's report becomes one line."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_first_problem(error, tree)}") from error
+
+
+def _set(tree: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r}: write it as key=value, e.g. autoencoder.lr=0.001")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {key}: '{parent}' is a value, not a section")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: cannot read the value {text!r}") from error
+    if isinstance(node[leaf], str):
+        with_exponent = text.strip()
+        try:  # YAML 1.1 reads 1e-3 as text
+            node[leaf] = float(with_exponent)
+        except ValueError:
+            pass
+
+
+def _first_problem(error: ValidationError, tree: Any) -> str:
+    problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"] if part not in _KINDS]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{nearest(location[-1], _fields_beside(location, tree))}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
+
+
+def _fields_beside(location: list[str], tree: Any) -> list[str]:
+    """Names that would have been right where the last part of `location` was wrong."""
+    if location[:-1] == ["model"]:
+        kind = tree["model"].get("kind")
+        return next((list(m.model_fields) for m in _MODELS if m.model_fields["kind"].default == kind), [])
+    section: Any = Config
+    for part in location[:-1]:
+        field = section.model_fields.get(part)
+        section = field.annotation if field is not None else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return []
+    return list(section.model_fields)
+
+
+_MODELS = get_args(get_args(Model)[0])
+_KINDS = {m.model_fields["kind"].default for m in _MODELS}
