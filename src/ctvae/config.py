@@ -145,8 +145,10 @@ class Training(Section):
     steps: Steps = Field(6000, description="optimisation steps; the learning rate decays to zero over them")
     minutes: float | None = Field(None, gt=0, description="stop here if steps are not done; the decay follows the clock")
     batch: Steps = Field(1, description="groups (or patches) per step")
-    lr: Positive = Field(2e-3, description="peak learning rate")
-    warmup: int = Field(100, ge=1, description="steps of linear warm-up")
+    optimizer: Literal["muon", "adam"] = "muon"
+    lr: Positive = Field(6e-4, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled; muon only")
+    warmup: int = Field(20, ge=1, description="steps of linear warm-up")
     decay: Literal["cosine", "none"] = "cosine"
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: Share = 0.995
@@ -173,18 +175,25 @@ class Prior(Training):
     """A rectified flow over latents: coarse to fine for spatial latents, an MLP for vectors (`models/velocity.py`)."""
 
     steps: Steps = 20000
-    batch: Steps = 8
-    lr: Positive = 5e-4
-    ema_decay: Share = 0.999
-    widths: tuple[int, ...] = Field((192, 320), description="channels of the coarse U-Net per resolution, fine to coarse")
+    batch: Steps = 16
+    lr: Positive = 1e-3
+    ema_decay: Share = 0.998
+    widths: tuple[int, ...] = Field((96, 192, 224), description="channels of the coarse U-Net per resolution, fine to coarse")
     blocks: int = Field(2, ge=1, description="residual blocks per resolution, down and up")
-    detail_width: int = Field(192, ge=8, description="channels of the convolutional detail flow")
+    detail_width: int = Field(128, ge=8, description="channels of the convolutional detail flow")
     detail_blocks: int = Field(6, ge=1)
     detail_share: float = Field(0.35, gt=0, lt=1, description="share of the training time that the detail flow gets")
     mlp_width: int = Field(512, ge=8, description="width of the MLP for vector latents")
-    encodings: int = Field(4, ge=1, description="augmented encodings stored per training group")
+    encodings: int = Field(2, ge=1, description="augmented encodings stored per training group")
     sampling_steps: int = Field(25, ge=1, description="Heun steps at generation; two evaluations each")
     null_probability: float = Field(0.1, ge=0, le=1, description="share of steps that hide the conditions")
+
+
+    @model_validator(mode="after")
+    def _coarse_widths_split_into_heads(self) -> Prior:
+        if any(width % 32 for width in self.widths[1:]):
+            raise ValueError("widths: those below the finest are multiples of 32, the size of an attention head")
+        return self
 
 
 class Config(Section):

@@ -1,0 +1,118 @@
+"""Weights and training state at rest: safetensors with JSON in its metadata, never pickles.
+
+A file is written beside its place and renamed, so a kill at any moment leaves the previous one whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ctvae.errors import ModelError
+from ctvae.files import atomic
+
+KEPT = 2
+
+
+class EMA:
+    """Exponential moving average of a module's parameters, warmed up so that early steps do not linger."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.weights = {name: p.detach().clone() for name, p in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in module.state_dict().items():
+            if value.is_floating_point():
+                self.weights[name].lerp_(value, 1 - decay)
+            else:
+                self.weights[name].copy_(value)
+
+
+def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write tensors and a JSON-able description. Raises InputError where the disk is full or read-only."""
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with atomic(path) as temporary:
+        try:
+            save_file(plain, temporary, metadata={"ctvae": json.dumps(meta)})
+        except SafetensorError as error:  # safetensors wraps the disk's own error
+            raise OSError(str(error)) from error
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and description that `save` wrote. Raises ModelError where the file is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {})["ctvae"])
+            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 (safe_open is no dict)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ModelError(f"{path}: not a ctvae weights file or damaged ({error}); train again or copy it again") from error
+
+
+def file_hash(path: Path) -> str:
+    """The first 16 hex digits of the file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state as flat tensors, named by parameter number and quantity."""
+    return {
+        f"optimizer.{number}.{name}": value
+        for number, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, number, name = key.split(".")
+            state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class Checkpoints:
+    """The training state of one network: model, EMA and optimiser, the last two kept."""
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name = folder, name
+
+    def paths(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{self.name}-[0-9]*.safetensors"))
+
+    def save(self, step: int, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> None:
+        tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in ema.weights.items()}
+        tensors |= optimizer_tensors(optimizer)
+        save(self.folder / f"{self.name}-{step:08d}.safetensors", tensors, {"step": step, **meta})
+        for old in self.paths()[:-KEPT]:
+            old.unlink(missing_ok=True)
+
+    def resume(self, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Restore the newest readable state in place; {"step": 0} where there is none."""
+        for path in reversed(self.paths()):
+            try:
+                tensors, meta = load(path)
+            except ModelError:
+                continue  # damaged by something other than us: the one before it is whole
+            module.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+            for name, value in ema.weights.items():
+                value.copy_(tensors[f"ema.{name}"])
+            restore_optimizer(optimizer, tensors)
+            return meta
+        return {"step": 0}
+
+    def clear(self) -> None:
+        for path in self.paths():
+            path.unlink(missing_ok=True)

@@ -1,0 +1,329 @@
+"""The command line. Every command parses, calls one documented function, prints.
+
+Nothing heavy is imported up here, so that `ctvae --help` answers at once; each command imports what it calls.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+app = typer.Typer(
+    help="From a folder of CT scans to a model that generates synthetic 3D CT scans.\n\n"
+    "scans --prepare--> dataset --train--> run --generate--> synthetic scans --evaluate--> report",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+REJECTS_SHOWN = 20
+
+DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="Folder that `ctvae prepare` wrote.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, or the name of a packaged model.")]
+ScanArgument = Annotated[Path, typer.Argument(metavar="SCAN", help="NIfTI file or folder of one DICOM series.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
+Count = Annotated[int, typer.Option("--count", "-n", min=1, help="How many scans.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting, e.g. autoencoder.lr=0.001; repeatable."),
+]
+Window = Annotated[
+    str | None,
+    typer.Option("--window", help="Intensity window: full, abdomen, soft, or LOW,HIGH in HU. [default: the recipe's]"),
+]
+
+
+@app.callback(invoke_without_command=True)
+def ctvae(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        from ctvae.version import __version__
+
+        typer.echo(f"ctvae {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def prepare(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE...", help="NIfTI files, folders of them, DICOM folders.")
+    ],
+    out: Out,
+    slices: Annotated[int, typer.Option(min=1, help="Axial slices per group.")] = 64,
+    size: Annotated[str, typer.Option(help="Rows and columns to resample to, e.g. 256, or native.")] = "native",
+    rest: Annotated[
+        Literal["overlap", "drop", "pad"],
+        typer.Option(help="Slices left over: a group that overlaps, none, or padding."),
+    ] = "overlap",
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Slices from one group to the next. [default: --slices]")
+    ] = None,
+    labels: Annotated[
+        list[Path] | None, typer.Option(help="Folder of label maps with the scans' file names; repeatable.")
+    ] = None,
+    crop_body: Annotated[bool, typer.Option("--crop-body", help="Cut the air around the body away.")] = False,
+    patient_pattern: Annotated[
+        str | None, typer.Option(help="Regular expression; its first group in the file name is the patient.")
+    ] = None,
+    patient_csv: Annotated[Path | None, typer.Option(help="CSV with the columns scan and patient.")] = None,
+    fractions: Annotated[str, typer.Option(help="Shares of patients for training, validation, test.")] = "0.8,0.1,0.1",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one per core]")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Turn scans into a dataset, split by patient.
+
+    Scans that cannot be used are listed with the reason, and the rest goes on.
+
+    Example: ctvae prepare scans --out dataset --slices 64 --crop-body
+    """
+    shares, side = _fractions(fractions), _size(size)
+    from ctvae.prepare import prepare
+    from ctvae.progress import Progress
+
+    with Progress("prepare") as bar:
+        dataset = prepare(
+            sources, out, slices=slices, size=side, rest=rest, stride=stride, labels=labels, crop_body=crop_body,
+            patient_pattern=patient_pattern, patient_csv=patient_csv, fractions=shares, workers=workers,
+            seed=seed, progress=bar.report,
+        )  # fmt: skip
+    for line in _told(dataset.summary):
+        typer.echo(line)
+    _next(f"ctvae train {out} --out RUN")
+
+
+@app.command()
+def train(
+    dataset: DatasetArgument,
+    out: Out,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Which recipe; `ctvae methods` lists them. [default: the run's own, else wavelet3d]"),
+    ] = None,
+    stage: Annotated[Literal["autoencoder", "prior", "both"], typer.Option(help="What to train.")] = "both",
+    settings: Settings = None,
+    window: Window = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Training time of both stages together. [default: the recipe's steps]"),
+    ] = None,
+) -> None:
+    """Train an autoencoder, then its priors.
+
+    The same command again goes on where it stopped.
+
+    Example: ctvae train dataset --out run --minutes 60
+    """
+    from ctvae.training.train import train
+
+    run = train(dataset, out, method=method, stage=stage, overrides=_overrides(settings, window), minutes=minutes)
+    typer.echo(run)
+    if stage != "autoencoder":
+        _next(f"ctvae generate {run} --out DIR -n 4")
+
+
+@app.command()
+def methods() -> None:
+    """List the methods that `--method` knows."""
+    from ctvae.config import RECIPES, recipe_names
+
+    for name in recipe_names():
+        first_line = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
+        typer.echo(f"{name:<16}{first_line.lstrip('# ').removeprefix(f'{name}: ')}")
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    out: Out,
+    count: Count = 4,
+    seed: Seed = 0,
+    prior: Annotated[
+        Literal["flow", "gaussian", "mixture", "normal"], typer.Option(help="Where the latents are drawn from.")
+    ] = "flow",
+    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps of the flow. [default: the model's]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")] = False,
+) -> None:
+    """Generate synthetic scans.
+
+    Writes NIfTI in HU with true spacing, a JSON sidecar each saying where it came from, and a contact sheet.
+
+    Example: ctvae generate run --out synthetic -n 16 --seed 100
+    """
+    from ctvae.generate import generate
+
+    for path in generate(model, out, count=count, seed=seed, prior=prior, steps=steps, overwrite=overwrite):
+        typer.echo(path)
+
+
+@app.command()
+def reconstruct(
+    model: ModelArgument,
+    scan: ScanArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="NIfTI file to write.")],
+) -> None:
+    """Encode and decode one scan.
+
+    What comes out has the same shape and the same affine, in HU.
+
+    Example: ctvae reconstruct run scan.nii.gz --out again.nii.gz
+    """
+    from ctvae.generate import reconstruct
+
+    typer.echo(reconstruct(model, scan, out))
+
+
+@app.command()
+def vary(
+    model: ModelArgument,
+    scan: ScanArgument,
+    out: Out,
+    alpha: Annotated[
+        float, typer.Option(min=0, help="Distance from the scan, in posterior standard deviations.")
+    ] = 0.5,
+    count: Count = 4,
+    seed: Seed = 0,
+) -> None:
+    """Make variations of a real scan.
+
+    Decodes mu + alpha * sigma * noise and says how far each came from the scan.
+
+    Example: ctvae vary run scan.nii.gz --alpha 0.5 -n 4 --out variations
+    """
+    from ctvae.generate import vary
+
+    for path, distance in vary(model, scan, out, alpha=alpha, count=count, seed=seed):
+        typer.echo("  ".join([str(path), *(f"{name} {value:.4g}" for name, value in distance.items())]))
+
+
+@app.command()
+def interpolate(
+    model: ModelArgument,
+    a: Annotated[Path, typer.Argument(metavar="A", help="Scan at one end.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Scan at the other end.")],
+    out: Out,
+    count: Count = 5,
+) -> None:
+    """Walk from one scan to another.
+
+    The path is straight in the latent space and includes both ends.
+
+    Example: ctvae interpolate run a.nii.gz b.nii.gz -n 5 --out between
+    """
+    from ctvae.generate import interpolate
+
+    for path in interpolate(model, a, b, out, count=count):
+        typer.echo(path)
+
+
+@app.command()
+def evaluate(
+    real: Annotated[Path, typer.Option("--real", metavar="DATASET", help="Dataset to compare with.")],
+    synthetic: Annotated[Path, typer.Option("--synthetic", metavar="DIR", help="Folder of synthetic scans.")],
+    out: Out,
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Which real patients.")] = "test",
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Judge this model's reconstructions of the real scans as well.")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Judge synthetic scans against real ones.
+
+    Writes report.json and index.html, one self-contained page with pictures.
+
+    Example: ctvae evaluate --real dataset --synthetic synthetic --model run --out report
+    """
+    from ctvae.evaluation.evaluate import evaluate
+    from ctvae.progress import Progress
+
+    rebuild = None
+    if model:
+        from ctvae.generate import load
+
+        rebuild = load(model).reconstruct_volume
+    with Progress("evaluate") as bar:
+        evaluate(real, synthetic, out, split=split, reconstruct=rebuild, seed=seed, progress=bar.report)
+    typer.echo(out / "index.html")
+
+
+@app.command()
+def compare(
+    dataset: DatasetArgument,
+    methods: Annotated[str, typer.Option(metavar="A,B,...", help="Methods to train; `ctvae methods` lists them.")],
+    minutes: Annotated[float, typer.Option(min=0.01, help="Training time of each method.")],
+    out: Out,
+    count: Count = 8,
+    settings: Settings = None,
+    window: Window = None,
+    seed: Seed = 0,
+) -> None:
+    """Train several methods alike and compare them.
+
+    The same time on the same patients for each; one table, one picture.
+
+    Example: ctvae compare dataset --methods slice2d,wavelet3d --minutes 30 --out comparison
+    """
+    from ctvae.compare import compare
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    typer.echo(compare(dataset, names, minutes, out, overrides=_overrides(settings, window), count=count, seed=seed))
+
+
+@app.command()
+def demo(out: Out) -> None:
+    """Run the whole path, with no scans needed.
+
+    Draws phantoms, trains on them, generates and judges: about six minutes on two cores, then a page to look at.
+
+    Example: ctvae demo --out demo
+    """
+    from ctvae.demo import demo
+
+    typer.echo(demo(out))
+
+
+def _size(text: str) -> int | Literal["native"]:
+    if text == "native":
+        return "native"
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"'{text}' is neither a number of voxels nor native", param_hint="--size")
+    return int(text)
+
+
+def _fractions(text: str) -> tuple[float, float, float]:
+    try:
+        training, validation, test = (float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is not three shares, e.g. 0.8,0.1,0.1", param_hint="--fractions") from None
+    return training, validation, test
+
+
+def _overrides(settings: list[str] | None, window: str | None) -> list[str]:
+    """`--set` and `--window` as the overrides that `load_recipe` takes."""
+    if window is None:
+        return settings or []
+    return [*(settings or []), f"data.window_hu=[{window}]" if "," in window else f"data.window_hu={window}"]
+
+
+def _told(summary: dict[str, Any]) -> list[str]:
+    """What `prepare` made, in a few lines for people; dataset.json has all of it."""
+    groups, patients, rejected = summary["groups"], summary["patients"], summary["rejected"]
+    splits = (f"{split} {groups[split]} ({patients[split]} patients)" for split in groups)
+    shapes = (f"{shape} ({count})" for shape, count in summary["group_shapes"].items())
+    lines = [f"{sum(groups.values())} groups from {summary['scans']} scans: {', '.join(splits)}"]
+    lines.append(f"slices x rows x columns: {', '.join(list(shapes)[:REJECTS_SHOWN])}")
+    if rejected:
+        lines.append(f"rejected {len(rejected)}:")
+        lines += [f"  {reject['source']}: {reject['reason']}" for reject in rejected[:REJECTS_SHOWN]]
+        lines += [f"  and {len(rejected) - REJECTS_SHOWN} more in dataset.json"] * (len(rejected) > REJECTS_SHOWN)
+    return lines + [f"note: {note}" for note in summary["notes"]]
+
+
+def _next(command: str) -> None:
+    typer.secho(f"next: {command}", err=True, dim=True)

@@ -1,0 +1,176 @@
+"""A prepared dataset: a folder of slice groups in HU, and `dataset.json` that says where each came from.
+
+    DATASET/
+    ├── dataset.json   format version, settings, what was measured, every scan and group, what was rejected and why
+    ├── prepare.json   the settings, from the first moment on
+    ├── groups/        <id>.nii       int16 HU [D H W] in canonical axes, uncompressed so that it can be memory-mapped
+    ├── labels/        <id>.nii.gz    int16 labels on the same grid, where a scan has them
+    └── scans/         <id>.json      what `prepare` did with each scan, so that it can go on where it stopped
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ctvae import files, nifti
+from ctvae.errors import InputError
+from ctvae.volume import Volume
+
+FORMAT = 1
+FILE = "dataset.json"
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """One block of consecutive axial slices of one scan."""
+
+    id: str
+    patient: str
+    split: str  # train, validation or test
+    path: str  # relative to the dataset's folder
+    label_path: str | None
+    shape: tuple[int, int, int]  # D H W
+    spacing_mm: tuple[float, float, float]  # x y z
+    affine: np.ndarray  # [4 4] voxel (x y z) to RAS mm
+    position: float  # centre of the group along the scan's slices: 0 lowest, 1 highest
+    first_slice: int  # of the scan, counted from the lowest
+    source: str  # the scan, relative to the source it was found in
+    sha256: str  # of the voxels
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.__dict__, "affine": self.affine.tolist()}
+
+
+class Dataset:
+    """A prepared dataset, opened with `Dataset.open(folder)`."""
+
+    def __init__(self, folder: Path, content: dict[str, Any]):
+        self.folder = folder
+        self._groups = sorted((_group(entry) for entry in content["groups"]), key=lambda group: group.id)
+        self.settings: dict[str, Any] = content["settings"]
+        self.measured: dict[str, Any] = content["measured"]
+        self.scans: list[dict[str, Any]] = content["scans"]
+        self.rejected: list[dict[str, str]] = content["rejected"]
+        self.notes: list[str] = content["notes"]
+
+    @classmethod
+    def open(cls, path: Path | str) -> Dataset:
+        """Raises InputError when `path` is missing, no dataset, damaged or of another format version."""
+        folder = Path(path)
+        file = folder / FILE
+        if not folder.exists():
+            raise InputError(f"{folder}: no such dataset; make one with `ctvae prepare SOURCE --out {folder}`")
+        if not file.is_file():
+            raise InputError(f"{folder}: not a finished dataset ({FILE} is missing); run `ctvae prepare` on it (again)")
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file}: damaged ({str(error).splitlines()[0]}); run `ctvae prepare` again") from error
+        version = content.get("format") if isinstance(content, dict) else None
+        if version != FORMAT:
+            raise InputError(f"{file}: format version {version!r}, this ctvae reads {FORMAT}; prepare the scans again")
+        try:
+            return cls(folder, content)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{file}: damaged ({type(error).__name__}: {error}); run `ctvae prepare` again") from error
+
+    def groups(self, split: str | None = None) -> list[Group]:
+        """The groups of one split, or all, sorted by id. Raises InputError for an unknown split."""
+        if split is not None and split not in SPLITS:
+            raise InputError(f"split '{split}' is not one of {', '.join(SPLITS)}")
+        return [group for group in self._groups if split in (None, group.split)]
+
+    def hu(self, group: Group) -> np.ndarray:
+        """int16 HU [D H W], memory-mapped copy-on-write. Raises InputError when the file is missing or damaged."""
+        path = self.folder / group.path
+        hu = nifti.mapped(path)
+        if hu.shape != group.shape:
+            raise InputError(f"{path}: shape {hu.shape} is not {group.shape} as in {FILE}; prepare the scans again")
+        return hu
+
+    def labels(self, group: Group) -> np.ndarray | None:
+        """int16 labels [D H W] on the grid of `hu`, or None for a scan without. Raises InputError as `hu`."""
+        if group.label_path is None:
+            return None
+        path = self.folder / group.label_path
+        labels = nifti.read_labels(path)[0].hu
+        if labels.shape != group.shape:
+            raise InputError(f"{path}: shape {labels.shape} is not {group.shape} as in {FILE}; prepare the scans again")
+        return labels
+
+    def volume(self, group: Group) -> Volume:
+        """The group's HU with its place in the patient."""
+        return Volume(self.hu(group), group.affine)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over every group's id, split and voxel hash: equal fingerprints mean equal training data."""
+        lines = [f"{group.id} {group.split} {group.sha256}\n" for group in self._groups]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What was measured, how many groups and patients each split has, rejects by reason, and notes."""
+        return {
+            "groups": {split: len(self.groups(split)) for split in SPLITS},
+            "patients": {split: len({group.patient for group in self.groups(split)}) for split in SPLITS},
+            "rejected": self.rejected,
+            "notes": self.notes,
+            **self.measured,
+        }
+
+
+def save(folder: Path, content: dict[str, Any]) -> None:
+    """Write `dataset.json`, one line per group, scan and reject; left alone when it says the same already.
+
+    Raises InputError when it cannot be written.
+    """
+    lines = [f" {json.dumps(key)}: {_laid_out(value)}" for key, value in {"format": FORMAT, **content}.items()]
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    file = folder / FILE
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        files.write_text(file, text)
+
+
+def _laid_out(value: Any) -> str:
+    """A list or mapping with one entry per line, each entry on one line."""
+    if isinstance(value, list) and value:
+        rows = [json.dumps(entry, ensure_ascii=False) for entry in value]
+        return "[\n  " + ",\n  ".join(rows) + "\n ]"
+    if isinstance(value, dict) and value:
+        rows = [f"{json.dumps(key)}: {json.dumps(entry, ensure_ascii=False)}" for key, entry in value.items()]
+        return "{\n  " + ",\n  ".join(rows) + "\n }"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _group(entry: dict[str, Any]) -> Group:
+    group = Group(
+        **{
+            **entry,
+            "shape": tuple(int(n) for n in entry["shape"]),
+            "spacing_mm": tuple(float(step) for step in entry["spacing_mm"]),
+            "affine": np.array(entry["affine"], dtype=np.float64),
+            "position": float(entry["position"]),
+        }
+    )
+    if len(group.shape) != 3 or len(group.spacing_mm) != 3 or group.affine.shape != (4, 4):
+        raise ValueError(f"group {group.id}: shape, spacing_mm or affine is not 3D")
+    if group.split not in SPLITS:
+        raise ValueError(f"group {group.id}: unknown split '{group.split}'")
+    for path in (group.path, group.label_path or group.path):
+        _check_inside(path)
+    return group
+
+
+def _check_inside(path: str) -> None:
+    """Refuse a path that would leave the dataset's folder."""
+    parts = PurePosixPath(path)
+    if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path:
+        raise ValueError(f"path '{path}' leaves the dataset's folder")

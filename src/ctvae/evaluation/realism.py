@@ -1,0 +1,250 @@
+"""Synthetic scans against real ones: every measure with its real-against-real floor and its interval.
+
+A measure is a function of two sets of scans. Its value takes the synthetic set and the real reference. Its floor is what
+the same function gives when real scans of other patients stand in for the synthetic ones: many random splits of the real
+patients into two disjoint sets of the same two sizes. Sizes matter: most of these measures shrink as sets grow, so a value
+says little without the floor at its own size. The interval repeats the measure on random halves of both sets (balanced
+half-sampling, McCarthy 1969: the bootstrap's variance, without the duplicated scans that upset nearest-neighbour measures),
+centred on the value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import wasserstein_distance
+
+from ctvae.evaluation import distances
+from ctvae.evaluation.features import FULL_HU, TISSUE_HU
+from ctvae.evaluation.similarity import levels, ms_ssim
+from ctvae.evaluation.summary import HISTOGRAM_EDGES_HU, Summary
+
+SPLITS = 100
+HALVES = 100
+CLASSIFIER_SPLITS = 40
+INTERVAL = (0.025, 0.975)
+DIVERSITY_SCANS = 20
+Indices = NDArray[np.integer]
+Direction = Literal["lower", "higher", "target"]
+Array = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number about two sets of scans, given as indices into all scans."""
+
+    id: str
+    title: str
+    unit: str
+    direction: Direction  # which side of the floor is worse; "target": both are
+    need: int  # scans on each side
+    meaning: str
+    of: Callable[[Indices, Indices], float]
+    repeats: int = SPLITS
+    all_real: bool = False  # against every real patient that the floor can spare, not only the held-out reference
+    usable: NDArray[np.bool_] | None = None  # scans that have what the measure needs
+    bounds: tuple[float, float] = (-np.inf, np.inf)  # of the value, and so of its interval
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Indices of the scans: synthetic, real reference, every real patient (reference included)."""
+
+    synthetic: Indices
+    reference: Indices
+    real: Indices
+
+
+def measures(scans: Sequence[Summary], sides: Sides, patients: Sequence[str], seed: int) -> Iterator[Measure]:
+    """Every realism measure over `scans`, of which `patients` names the patient."""
+    yield from _intensity(scans)
+    yield from _grain(scans)
+    for space, name in (("texture", "texture features"), ("layout", "layout features")):
+        vectors = np.stack([getattr(scan, space) for scan in scans])
+        yield from _distribution(space, name, distances.standardise(vectors, vectors[sides.real]), np.array(patients), seed)
+    yield from _diversity(scans, sides, seed)
+
+
+def judge(measure: Measure, sides: Sides, seed: int) -> dict[str, Any]:
+    """The measure's entry in report.json: value, interval, floor, and whether the value lies within the floor."""
+    rng = np.random.default_rng([seed, sum(map(ord, measure.id))])
+    synthetic, reference, real = (_usable(side, measure) for side in (sides.synthetic, sides.reference, sides.real))
+    spare = len(real) - (measure.need if measure.all_real else len(reference))
+    size = min(len(synthetic), spare)
+    if measure.all_real:
+        size = min(size, len(real) // 2)
+        reference = rng.choice(real, max(len(real) - size, 0), replace=False)
+    head = {"id": measure.id, "title": measure.title, "unit": measure.unit, "direction": measure.direction}
+    have = {"synthetic": len(synthetic), "reference": len(reference), "other_real": len(real) - len(reference)}
+    if min(len(synthetic), len(reference), size) < measure.need:
+        return {**head, "status": "not enough", "need": measure.need, "have": have, "meaning": measure.meaning}
+    chosen = np.sort(rng.choice(synthetic, size, replace=False))
+    value = measure.of(chosen, reference)
+    floor = [_split(measure, real, size, len(reference), rng) for _ in range(measure.repeats)]
+    low, middle, high = np.quantile(floor, [INTERVAL[0], 0.5, INTERVAL[1]])
+    return {
+        **head,
+        "status": "ok",
+        "value": value,
+        "interval": _interval(measure, chosen, reference, value, rng),
+        "floor": {"median": float(middle), "low": float(low), "high": float(high), "splits": measure.repeats},
+        "within_floor": _within(measure.direction, value, low, high),
+        "floor_widths": _widths(measure.direction, value, low, float(middle), high),
+        "scans": {"synthetic": size, "reference": len(reference)},
+        "meaning": measure.meaning,
+    }
+
+
+def _usable(side: Indices, measure: Measure) -> Indices:
+    return side if measure.usable is None else side[measure.usable[side]]
+
+
+def _split(measure: Measure, real: Indices, size: int, reference_size: int, rng: np.random.Generator) -> float:
+    shuffled = rng.permutation(real)
+    return measure.of(shuffled[:size], shuffled[size : size + reference_size])
+
+
+def _interval(
+    measure: Measure, synthetic: Indices, reference: Indices, value: float, rng: np.random.Generator
+) -> list[float] | None:
+    halves = [max(len(side) // 2, 1) for side in (synthetic, reference)]
+    if min(halves) < max(measure.need // 2, 2):
+        return None
+    repeats = [
+        measure.of(rng.choice(synthetic, halves[0], replace=False), rng.choice(reference, halves[1], replace=False))
+        for _ in range(min(measure.repeats, HALVES))
+    ]
+    low, high = np.quantile(repeats, INTERVAL) - np.mean(repeats)
+    return [float(np.clip(value + low, *measure.bounds)), float(np.clip(value + high, *measure.bounds))]
+
+
+def _within(direction: Direction, value: float, low: float, high: float) -> bool:
+    return bool((direction == "higher" or value <= high) and (direction == "lower" or value >= low))
+
+
+def _widths(direction: Direction, value: float, low: float, middle: float, high: float) -> float:
+    """How far the value is on the worse side of the floor's median, in half-widths of the floor; 1 is its edge."""
+    up, down = (value - middle) / max(high - middle, 1e-12), (middle - value) / max(middle - low, 1e-12)
+    return float(up if direction == "lower" else down if direction == "higher" else max(up, down))
+
+
+def _intensity(scans: Sequence[Summary]) -> Iterator[Measure]:
+    histogram = np.stack([scan.histogram for scan in scans])
+    tissue = np.stack([scan.tissue for scan in scans])
+    centres = (HISTOGRAM_EDGES_HU[:-1] + HISTOGRAM_EDGES_HU[1:]) / 2
+
+    def histogram_distance(a: Indices, b: Indices) -> float:
+        return float(wasserstein_distance(centres, centres, histogram[a].mean(axis=0), histogram[b].mean(axis=0)))
+
+    yield Measure(
+        "hu_histogram", "HU histogram distance", "HU", "lower", 3,
+        "How far, on average, voxels of the body would have to move in HU to turn one histogram into the other.",
+        histogram_distance, bounds=(0.0, np.inf),
+    )  # fmt: skip
+    for index, name in enumerate(TISSUE_HU):
+        yield Measure(
+            f"tissue_{name}", f"Share of {name} in the body", "points", "target", 3,
+            f"Percentage points of the body's voxels that are {name} by HU, more (+) or fewer (-) than in real scans.",
+            lambda a, b, i=index: float(100 * (tissue[a, i].mean() - tissue[b, i].mean())),  # type: ignore[misc]
+        )  # fmt: skip
+
+
+def _grain(scans: Sequence[Summary]) -> Iterator[Measure]:
+    step = np.array([float(scan.step_hu) for scan in scans])
+    spectrum = np.stack([scan.spectrum for scan in scans])
+    noise = np.stack([scan.noise for scan in scans])
+    noise_hu = np.array([float(scan.noise_hu) for scan in scans])
+    has_noise = np.isfinite(noise_hu)
+    yield Measure(
+        "slice_continuity", "Slice-to-slice change", "× real", "target", 3,
+        "Mean |difference| of neighbouring slices over that of real scans: above 1 the slices do not fit together, "
+        "below 1 they are too alike.",
+        lambda a, b: float(step[a].mean() / max(step[b].mean(), 1e-9)),
+    )  # fmt: skip
+    yield Measure(
+        "power_spectrum", "Power spectrum of slices", "dB", "lower", 3,
+        "Root mean square difference of the two mean spectra over spatial frequencies: blur and invented detail both count.",
+        lambda a, b: decibels_apart(spectrum[a], spectrum[b]), bounds=(0.0, np.inf),
+    )  # fmt: skip
+    yield Measure(
+        "noise", "Noise in soft tissue", "× real", "target", 3,
+        "Standard deviation in small homogeneous patches of soft tissue, over that of real scans.",
+        lambda a, b: float(noise_hu[a].mean() / max(noise_hu[b].mean(), 1e-9)), usable=has_noise,
+    )  # fmt: skip
+    yield Measure(
+        "noise_spectrum", "Noise power spectrum", "dB", "lower", 3,
+        "Root mean square difference of the two mean noise spectra in those patches: strength and grain of the noise.",
+        lambda a, b: decibels_apart(noise[a], noise[b]), usable=has_noise, bounds=(0.0, np.inf),
+    )  # fmt: skip
+
+
+def decibels_apart(a: Array, b: Array) -> float:
+    """Root mean square difference in dB between the mean spectra of a [n bins] and b [m bins]."""
+    ratio = np.log10(np.maximum(a.mean(axis=0), 1e-6)) - np.log10(np.maximum(b.mean(axis=0), 1e-6))
+    return float(10 * np.sqrt(np.mean(ratio**2)))
+
+
+def _distribution(space: str, name: str, z: Array, patients: NDArray, seed: int) -> Iterator[Measure]:
+    yield Measure(
+        f"frechet_{space}", f"Frechet distance, {name}", "", "lower", 8,
+        "Distance between the two clouds of scans, as Gaussians: 0 when means and spreads agree.",
+        lambda a, b: distances.frechet(z[a], z[b]), bounds=(0.0, np.inf),
+    )  # fmt: skip
+    yield Measure(
+        f"kernel_{space}", f"Kernel distance, {name}", "", "lower", 8,
+        "Unbiased distance between the two clouds without assuming Gaussians; around 0 when they come from one source.",
+        lambda a, b: distances.kernel_distance(z[a], z[b]),
+    )  # fmt: skip
+    for kind, meaning in (
+        ("precision", "Share of synthetic scans that lie where real ones lie: low when many look like no real scan."),
+        ("recall", "Share of real scans that lie where synthetic ones lie: low when kinds of patients are missing."),
+        ("density", "How deep among real scans the synthetic ones lie; about 1 for real ones, and not capped there."),
+        ("coverage", "Share of real scans with a synthetic one in their neighbourhood: low when the model collapses."),
+    ):
+        yield Measure(
+            f"{kind}_{space}", f"{kind.capitalize()}, {name}", "", "higher", 12, meaning,
+            lambda a, b, k=kind: distances.neighbourhoods(z[a], z[b])[k],  # type: ignore[misc]
+            bounds=(0.0, np.inf if kind == "density" else 1.0),
+        )  # fmt: skip
+    yield Measure(
+        f"classifier_{space}", f"Classifier AUC, {name}", "AUC", "lower", 10,
+        "How well a simple classifier tells synthetic from real scans of patients it has not seen: 0.5 is guessing, 1 is always.",
+        lambda a, b: distances.classifier_auc(z[a], z[b], patients[np.concatenate([a, b])], seed),
+        repeats=CLASSIFIER_SPLITS, all_real=True, bounds=(0.0, 1.0),
+    )  # fmt: skip
+
+
+def _diversity(scans: Sequence[Summary], sides: Sides, seed: int) -> Iterator[Measure]:
+    """Likeness of pairs of samples minus that of pairs of real scans, from at most DIVERSITY_SCANS of each."""
+    rng = np.random.default_rng([seed, 77])
+    usable = np.zeros(len(scans), dtype=bool)
+    for side in (sides.synthetic, sides.real):
+        usable[rng.choice(side, min(len(side), DIVERSITY_SCANS), replace=False)] = True
+    small = {int(i): np.clip(scans[i].cells, *FULL_HU).astype(np.float32) for i in np.flatnonzero(usable)}
+    known: dict[tuple[int, int], float] = {}
+
+    def likeness(i: int, j: int) -> float:
+        pair = (min(i, j), max(i, j))
+        if pair not in known:
+            known[pair] = ms_ssim(small[pair[0]], small[pair[1]], FULL_HU[1] - FULL_HU[0])
+        return known[pair]
+
+    def to_others(indices: Indices) -> Array:
+        """[n n-1]"""
+        return np.array([[likeness(int(i), int(j)) for j in indices if j != i] for i in indices])
+
+    scales = levels(scans[0].cells.shape)
+    yield Measure(
+        "diversity", "Likeness among samples", "MS-SSIM", "target", 4,
+        f"MS-SSIM ({scales} scales) of pairs of synthetic scans minus that of pairs of real ones: above 0 the samples are too alike.",
+        lambda a, b: float(to_others(a).mean() - to_others(b).mean()), usable=usable, all_real=True,
+    )  # fmt: skip
+    yield Measure(
+        "diversity_nearest", "Likeness of nearest samples", "MS-SSIM", "target", 4,
+        "The same for each scan's most similar companion only: far above 0 when a model repeats a few scans.",
+        lambda a, b: float(to_others(a).max(axis=1).mean() - to_others(b).max(axis=1).mean()), usable=usable, all_real=True,
+    )  # fmt: skip

@@ -1,0 +1,206 @@
+"""The verbs that use a trained model: generate, reconstruct, vary, interpolate."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ctvae import files, nifti, pictures, preprocess
+from ctvae.checkpoint import file_hash
+from ctvae.device import generator
+from ctvae.errors import InputError
+from ctvae.model import Model as TrainedModel
+from ctvae.model import Posterior, open_model, packaged_models
+from ctvae.progress import Progress
+from ctvae.scan import Scan, read_scan
+from ctvae.version import __version__
+from ctvae.volume import Volume, plain_affine
+
+__all__ = ["Model", "Synthetic", "generate", "interpolate", "load", "packaged_models", "reconstruct", "vary"]
+DESCRIPTION = "SYNTHETIC CT made by ctvae, not a patient"
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """A synthetic scan and where it came from."""
+
+    volume: Volume
+    provenance: dict[str, Any]
+
+    def save(self, path: Path | str) -> Path:
+        """Write NIfTI in HU and a JSON sidecar beside it; returns the NIfTI's path. Raises InputError."""
+        target = Path(path)
+        if not nifti.is_nifti(target):
+            raise InputError(f"{target}: a scan's name ends in .nii or .nii.gz")
+        nifti.write(target, self.volume, description=DESCRIPTION)
+        files.write_json(sidecar(target), self.provenance)
+        return target
+
+
+def sidecar(path: Path) -> Path:
+    """`x.nii.gz` -> `x.json`."""
+    return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+
+
+class Model(TrainedModel):
+    """A trained model that hands out scans with their provenance."""
+
+    def generate(self, seed: int = 0, index: int = 0, prior: str = "flow", steps: int | None = None) -> Synthetic:
+        """Volume number `index` of `seed`: the same whatever else is generated, in HU, int16, with a patient's spacing."""
+        draw = self.draw(prior, seed, index, steps)
+        x_mm, z_mm = draw.conditions["pixel_mm"], draw.conditions["slice_mm"]
+        hu = self.decode(draw.latent)
+        depth, height, width = hu.shape
+        volume = Volume(hu, plain_affine((x_mm, x_mm, z_mm), (depth, height, width)))
+        return Synthetic(volume, self.provenance(prior=prior, seed=seed, index=index, conditions=draw.conditions,
+                                                 steps=steps or self.cfg.prior.sampling_steps))  # fmt: skip
+
+    def provenance(self, **facts: Any) -> dict[str, Any]:
+        return {
+            "synthetic": True,
+            "ctvae": __version__,
+            "method": self.cfg.method,
+            "model_sha256": self.hash,
+            "window_hu": list(self.cfg.data.window_hu),
+            **facts,
+        }
+
+
+def load(model: Path | str) -> Model:
+    """A run folder or the name of a packaged model, ready to use. Raises ModelError."""
+    return Model(open_model(model).folder)
+
+
+def generate(
+    model: Path | str,
+    out: Path | str,
+    *,
+    count: int = 4,
+    seed: int = 0,
+    prior: str = "flow",
+    steps: int | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write `count` synthetic scans of `seed` as NIfTI with JSON sidecars, and `contact-sheet.png`; returns the scans.
+
+    Scans that the same call wrote before are kept. Raises ModelError, and InputError where other scans are in the way.
+    """
+    loaded, folder = load(model), Path(out)
+    paths = [folder / f"synthetic-{seed}-{index:04d}.nii.gz" for index in range(count)]
+    if not overwrite:
+        _refuse_foreign(paths, loaded, prior)
+    with Progress(f"generate ({prior})", total=count) as bar:
+        for index, path in enumerate(paths):
+            if overwrite or not (path.exists() and sidecar(path).exists()):
+                loaded.generate(seed, index, prior, steps).save(path)
+            bar.update(index + 1)
+    _contact_sheet(paths, folder, loaded)
+    return paths
+
+
+def _refuse_foreign(paths: list[Path], model: Model, prior: str) -> None:
+    for path in paths:
+        if path.exists() and sidecar(path).exists():
+            told = json.loads(sidecar(path).read_text())
+            if (told.get("model_sha256"), told.get("prior")) != (model.hash, prior):
+                raise InputError(f"{path}: was made by another model or prior; choose another --out or --overwrite")
+
+
+def _contact_sheet(paths: list[Path], folder: Path, model: Model, most: int = 12) -> None:
+    scans = [(path.name.removesuffix(".nii.gz"), nifti.read(path)[0]) for path in paths[:most]]
+    pictures.contact_sheet(scans, folder / "contact-sheet.png", model.cfg.data.window_hu)
+
+
+def reconstruct(model: Path | str, scan: Path | str, out: Path | str) -> Path:
+    """Encode and decode one scan: same shape, affine and stored axes, HU. Raises ModelError and InputError."""
+    loaded, source, target = load(model), read_scan(scan), Path(out)
+    if not nifti.is_nifti(target):
+        raise InputError(f"{target}: --out names a .nii or .nii.gz file")
+    again = loaded.reconstruct_volume(source.volume)
+    nifti.write(target, again, source.orientation, DESCRIPTION)
+    files.write_json(sidecar(target), loaded.provenance(made_by="reconstruct", source_sha256=_hash(source)))
+    return target
+
+
+def vary(
+    model: Path | str, scan: Path | str, out: Path | str, *, alpha: float = 0.5, count: int = 4, seed: int = 0
+) -> list[tuple[Path, dict[str, float]]]:
+    """Decode mu + alpha * sigma * noise around a real scan, and say how far each volume came from its source.
+
+    sigma is the posterior's standard deviation. Distances: root mean square and mean absolute HU against the scan and
+    against its plain reconstruction. Raises ModelError and InputError.
+    """
+    loaded, source, folder = load(model), read_scan(scan), Path(out)
+    posterior = loaded.encode(source.volume)
+    plain = loaded.decode_onto(posterior.mean, posterior)
+    results, sheet = [], [("scan", source.volume), ("reconstruction", plain)]
+    with Progress("vary", total=count) as bar:
+        for index in range(count):
+            volume = loaded.decode_onto(_around(posterior, alpha, generator(seed, index, stream=13)), posterior)
+            distances = _distances(volume, source.volume, plain, loaded.cfg.data.window_hu)
+            path = folder / f"variation-{seed}-{index:04d}.nii.gz"
+            nifti.write(path, volume, source.orientation, DESCRIPTION)
+            facts = loaded.provenance(made_by="vary", alpha=alpha, seed=seed, index=index, source_sha256=_hash(source))
+            files.write_json(sidecar(path), {**facts, "distances": distances})
+            results.append((path, distances))
+            sheet.append((f"variation {index}", volume))
+            bar.update(index + 1)
+    pictures.contact_sheet(sheet, folder / "contact-sheet.png", loaded.cfg.data.window_hu)
+    return results
+
+
+def interpolate(model: Path | str, a: Path | str, b: Path | str, out: Path | str, *, count: int = 5) -> list[Path]:
+    """Decode `count` points of the straight line between two scans' latents, ends included, on the model's own grid.
+
+    Each scan's middle slab is taken, centred on its body; spacings are interpolated too. Raises ModelError, InputError.
+    """
+    loaded, folder = load(model), Path(out)
+    if count < 2:
+        raise InputError(f"-n {count}: a path needs at least its two ends; give 2 or more")
+    scans = [read_scan(path) for path in (a, b)]
+    slabs = [middle_slab(scan.volume, loaded.shape) for scan in scans]
+    first, last = (loaded.encode(slab).mean for slab in slabs)
+    paths, sheet = [], []
+    for index, share in enumerate(np.linspace(0, 1, count).tolist()):
+        spacing = [(1 - share) * x + share * y for x, y in zip(slabs[0].spacing_mm, slabs[1].spacing_mm, strict=True)]
+        hu = loaded.decode(torch.lerp(first, last, share))
+        volume = Volume(hu, plain_affine((spacing[0], spacing[1], spacing[2]), loaded.shape))
+        facts = loaded.provenance(made_by="interpolate", share=share, sources_sha256=[_hash(scan) for scan in scans])
+        paths.append(Synthetic(volume, facts).save(folder / f"interpolation-{index:04d}.nii.gz"))
+        sheet.append((f"{share:.2f}", volume))
+    pictures.contact_sheet(sheet, folder / "contact-sheet.png", loaded.cfg.data.window_hu)
+    return paths
+
+
+def middle_slab(volume: Volume, shape: tuple[int, int, int]) -> Volume:
+    """A block of `shape` about the middle of the body; air where the scan is smaller."""
+    body = preprocess.body_box(volume)
+    start = [b + (have - want) // 2 for b, have, want in zip(body.start, body.shape, shape, strict=True)]
+    return preprocess.cut(volume, preprocess.Box((start[0], start[1], start[2]), shape))
+
+
+def _around(posterior: Posterior, alpha: float, random: torch.Generator) -> torch.Tensor:
+    return posterior.mean + alpha * posterior.std * torch.randn(posterior.mean.shape, generator=random)
+
+
+def _distances(volume: Volume, scan: Volume, plain: Volume, window_hu: tuple[float, float]) -> dict[str, float]:
+    """HU distances inside the model's window, from the scan and from its plain reconstruction."""
+    clipped = np.clip(scan.hu.astype(np.float32), *window_hu)
+    figures = {}
+    for name, other in (("scan", clipped), ("reconstruction", plain.hu.astype(np.float32))):
+        difference = volume.hu.astype(np.float32) - other
+        figures[f"rms_hu_from_{name}"] = round(math.sqrt(float(np.square(difference).mean())), 2)
+        figures[f"mean_abs_hu_from_{name}"] = round(float(np.abs(difference).mean()), 2)
+    return figures
+
+
+def _hash(scan: Scan) -> str:
+    """Of the source file, so that a variation can be traced by who holds the scan and by nobody else."""
+    return file_hash(scan.path) if scan.path.is_file() else "dicom"
+

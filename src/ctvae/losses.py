@@ -1,0 +1,26 @@
+"""What the autoencoder minimises. Pure functions of tensors.
+
+Shapes:  x, y volumes [B 1 D H W] in -1..1   mean, logvar posterior moments [B ...]
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+SOFT_TISSUE_HU = (-160.0, 240.0)
+
+
+def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, I)) in nats per latent number, [B ...] (Kingma and Welling 2014, appendix B)."""
+    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
+
+
+def gradient_l1(x: Tensor, y: Tensor) -> Tensor:
+    """Mean absolute difference of the finite differences of x and y, averaged over D, H and W (Mathieu et al. 2016)."""
+    difference = x - y
+    return sum((difference.diff(dim=axis).abs().mean() for axis in (2, 3, 4)), start=difference.new_zeros(())) / 3
+
+
+def window_l1(x: Tensor, y: Tensor, low: float, high: float) -> Tensor:
+    """Mean absolute difference after clipping to low..high and stretching that to a width of 2."""
+    return (x.clamp(low, high) - y.clamp(low, high)).abs().mean() * (2.0 / (high - low))

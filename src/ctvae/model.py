@@ -1,0 +1,251 @@
+"""A trained model at rest: a run folder, or one that is packaged with ctvae, loaded for use.
+
+Shapes:  D H W voxels   latents [1 Z d h w] or [1 N Z], with a batch axis of one
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ctvae import flow, intensity, preprocess
+from ctvae.checkpoint import file_hash, load
+from ctvae.config import Config, Size3, Wavelet3D, load_config, nearest
+from ctvae.device import generator
+from ctvae.errors import InputError, ModelError
+from ctvae.latents import LatentCode, pyramid_steps
+from ctvae.models import build
+from ctvae.models.wavelet3d import halo
+from ctvae.priors import CLOSED_FORM
+from ctvae.tiling import tiled
+from ctvae.training.groups import CONDITIONS
+from ctvae.training.prior import Conditioning, build_velocities
+from ctvae.volume import Volume
+
+PACKAGED = Path(__file__).parent / "packaged"
+TILE_VOXELS = (96, 256, 256)  # D H W of an encoding or decoding tile, halo not counted
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sample of a prior: the latent, and the conditions that it was drawn under."""
+
+    latent: Tensor  # [1 ...]
+    conditions: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A scan's latents: mean and standard deviation [1 ...], and how to get back onto its grid."""
+
+    mean: Tensor
+    std: Tensor
+    box: preprocess.Box
+    scan: Volume
+
+
+class Model:
+    """An autoencoder and its priors. `ctvae.load` makes one."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        tensors, meta = load(folder / "autoencoder.safetensors")
+        self.cfg: Config = load_config(folder / "config.yaml")
+        self.shape: Size3 = tuple(meta["shape"])  # type: ignore[assignment]
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.network = self._with_weights(build(self.cfg.model, self.shape), tensors)
+        self.hash = file_hash(folder / "autoencoder.safetensors")
+
+    def _with_weights(self, network: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+        try:
+            network.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in tensors.items()})
+        except RuntimeError as error:
+            raise ModelError(f"{self.folder}: weights do not fit config.yaml ({str(error).splitlines()[-1].strip()})") from error
+        channels_last = any(isinstance(m, nn.Conv3d) for m in network.modules())
+        network.to(self.device, memory_format=torch.channels_last_3d if channels_last else torch.preserve_format)
+        return network.eval().requires_grad_(False)
+
+    # --- encode and decode -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, scan: Volume) -> Posterior:
+        """Any scan for `wavelet3d`; for the others one that fits the model's plane. Raises InputError for a wrong shape."""
+        box = self._box(scan)
+        block = preprocess.cut(scan, box)
+        x = torch.from_numpy(intensity.from_hu(block.hu, self.cfg.data.window_hu))[None, None]
+        if isinstance(self.cfg.model, Wavelet3D):
+            moments = self._tiled(self._moments, x, encoding=True)
+        else:
+            moments = torch.cat([self._moments(part) for part in x.split(self.shape[0], dim=2)], dim=1)
+        mean, logvar = moments.chunk(2, dim=1 if isinstance(self.cfg.model, Wavelet3D) else 2)
+        return Posterior(mean, (0.5 * logvar).exp(), box, scan)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> np.ndarray:
+        """Latents [1 ...] -> int16 HU [D H W]."""
+        if isinstance(self.cfg.model, Wavelet3D):
+            x = self._tiled(self._decoded, z, encoding=False)
+        else:
+            per_group = self.network.latent_shape[0]
+            x = torch.cat([self._decoded(part) for part in z.split(per_group, dim=1)], dim=2)
+        return intensity.to_hu(x[0, 0].numpy(), self.cfg.data.window_hu)
+
+    def decode_onto(self, z: Tensor, posterior: Posterior) -> Volume:
+        """Latents -> the grid of the scan that `posterior` came from; air where the model did not look."""
+        block = Volume(self.decode(z), posterior.scan.affine)
+        scan = posterior.scan
+        air = Volume(np.full(scan.shape, intensity.AIR_HU, np.int16), scan.affine)
+        return preprocess.paste(block, posterior.box, air)
+
+    def reconstruct_volume(self, scan: Volume) -> Volume:
+        """Encode and decode: same shape and affine, HU within the model's window."""
+        posterior = self.encode(scan)
+        return self.decode_onto(posterior.mean, posterior)
+
+    def _box(self, scan: Volume) -> preprocess.Box:
+        """The block that the network is shown: the scan on the model's grid, or the model's plane about the body."""
+        if isinstance(self.cfg.model, Wavelet3D):
+            return preprocess.grid_box(scan.shape, self.cfg.model.grid)
+        depth, height, width = self.shape
+        body = preprocess.body_box(scan)
+        if body.shape[1] > height or body.shape[2] > width:
+            raise InputError(
+                f"the body in this scan spans {body.shape[1]}x{body.shape[2]} voxels, {self.cfg.method} was trained on "
+                f"{height}x{width}; prepare the scan like the training data, or use a wavelet3d model, which takes any size"
+            )
+        starts = [b + (have - want) // 2 for b, have, want in zip(body.start[1:], body.shape[1:], (height, width), strict=True)]
+        slices = math.ceil(scan.shape[0] / depth) * depth
+        return preprocess.Box((0, starts[0], starts[1]), (slices, height, width))
+
+    def _moments(self, x: Tensor) -> Tensor:
+        with self._autocast():
+            mean, logvar = self.network.encode(x.to(self.device))
+        return torch.cat((mean, logvar), dim=1 if mean.ndim == 5 else 2).float().cpu()
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        with self._autocast():
+            return self.network.decode(z.to(self.device)).float().cpu()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.autoencoder.precision == "bf16")
+
+    def _tiled(self, apply: Any, x: Tensor, *, encoding: bool) -> Tensor:
+        assert isinstance(self.cfg.model, Wavelet3D)
+        grid = self.cfg.model.grid
+        one = (1, 1, 1)
+        d, h, w = (max(1, voxels // step) for voxels, step in zip(TILE_VOXELS, grid, strict=True))
+        factor_in, factor_out = (grid, one) if encoding else (one, grid)
+        return tiled(apply, x, factor_in=factor_in, factor_out=factor_out, tile=(d, h, w), halo=halo(self.cfg.model))
+
+    # --- priors ------------------------------------------------------------------------------------------------------
+
+    def priors(self) -> list[str]:
+        """Names of the priors that this model has, the flow first."""
+        names = [path.stem.removeprefix("prior-") for path in self.folder.glob("prior-*.safetensors")]
+        return sorted(names, key=lambda name: (name != "flow", name))
+
+    @torch.no_grad()
+    def draw(self, prior: str, seed: int, index: int, steps: int | None = None) -> Draw:
+        """Latent number `index` of `seed` from a prior: the same whatever else is drawn. Raises ModelError for an unknown one."""
+        if prior not in self.priors():
+            known = ", ".join(self.priors()) or "none yet; train with --stage prior"
+            raise ModelError(f"{self.folder}: has no prior '{prior}'{nearest(prior, self.priors())} (it has: {known})")
+        random = generator(seed, index, stream=11)
+        if prior == "flow":
+            return self._flow.draw(random, steps or self.cfg.prior.sampling_steps)
+        tensors, _ = self._prior_tensors(prior)
+        fitted = CLOSED_FORM[prior].from_tensors({name: value.numpy() for name, value in tensors.items()})
+        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=random)))
+        z = torch.from_numpy(np.asarray(fitted.sample(rng), np.float32))[None]
+        return Draw(z, _pick(tensors["conditions.known"], random))
+
+    def _prior_tensors(self, prior: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return load(self.folder / f"prior-{prior}.safetensors")
+
+    @cached_property
+    def _flow(self) -> FlowPrior:
+        tensors, meta = self._prior_tensors("flow")
+        tensors = {name: value.float() for name, value in tensors.items()}
+        code = LatentCode(_below("code.", tensors), None)
+        shape = tuple(meta["latent_shape"])
+        code.steps = pyramid_steps(shape[1:]) if len(shape) == 4 else None
+        networks = build_velocities(self.cfg.prior, code, shape, len(CONDITIONS))
+        for name, network in networks.items():
+            self._with_weights(network, _below(f"{name}.", tensors))
+        conditioning = Conditioning(tensors["conditions.mean"], tensors["conditions.std"])
+        return FlowPrior(code, networks, conditioning, tensors["conditions.known"], shape)
+
+
+@dataclass(frozen=True)
+class FlowPrior:
+    """The trained flow: coarse latents first, then their detail given them; or vectors at once."""
+
+    code: LatentCode
+    networks: dict[str, nn.Module]
+    conditioning: Conditioning
+    known: Tensor  # [N K] conditions of the training groups
+    latent_shape: tuple[int, ...]
+
+    def draw(self, random: torch.Generator, steps: int) -> Draw:
+        told = _pick(self.known, random)
+        c = self.conditioning.standard(torch.tensor([[told[name] for name in CONDITIONS]]))  # [1 K]
+        if self.code.steps is None:
+            x = self._solve("vector", (math.prod(self.latent_shape),), c, (), random, steps)
+            return Draw(self.code.decode(x, None), told)
+        channels, *sizes = self.latent_shape
+        coarse_sizes = [size // step for size, step in zip(sizes, self.code.steps, strict=True)]
+        coarse = self._solve("coarse", (channels, *coarse_sizes), c, (), random, steps)
+        bands = math.prod(self.code.steps) - 1
+        detail = self._solve("detail", (channels * bands, *coarse_sizes), c, (coarse,), random, steps)
+        return Draw(self.code.decode(coarse, detail), told)
+
+    def _solve(
+        self, name: str, shape: tuple[int, ...], c: Tensor, given: tuple[Tensor, ...], random: torch.Generator, steps: int
+    ) -> Tensor:
+        network = self.networks[name]
+        device = next(network.parameters()).device
+        x0 = torch.randn((1, *shape), generator=random).to(device)
+        c, given = c.to(device), tuple(tensor.to(device) for tensor in given)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16):
+                return network(x, t, c, *given).float()
+
+        return flow.sample(velocity, x0, steps).cpu()
+
+
+def _pick(known: Tensor, random: torch.Generator) -> dict[str, float]:
+    """The conditions of one training group, drawn at random: so spacings come out as often as they came in."""
+    row = known[int(torch.randint(len(known), (), generator=random))]
+    return dict(zip(CONDITIONS, row.tolist(), strict=True))
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def packaged_models() -> list[str]:
+    """Names of the models that ship with this installation."""
+    return sorted(path.parent.name for path in PACKAGED.glob("*/config.yaml"))
+
+
+def open_model(model: Path | str) -> Model:
+    """A run folder, or the name of a packaged model. Raises ModelError when it is neither or not trained yet."""
+    folder = Path(model)
+    if not folder.exists() and str(model) in packaged_models():
+        folder = PACKAGED / str(model)
+    if not folder.exists():
+        known = ", ".join(packaged_models()) or "none in this installation"
+        raise ModelError(f"{model}: no such run folder or packaged model{nearest(str(model), packaged_models())} (packaged: {known})")
+    if not (folder / "config.yaml").is_file():
+        raise ModelError(f"{model}: not a model; a run folder holds config.yaml and autoencoder.safetensors")
+    if not (folder / "autoencoder.safetensors").is_file():
+        raise ModelError(f"{model}: its autoencoder is not trained yet; run `ctvae train DATASET --out {model}` to the end")
+    return Model(folder)

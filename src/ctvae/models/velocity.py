@@ -1,0 +1,166 @@
+"""The velocity networks of the flow prior: a U-Net for coarse latents, plain convolutions for detail, an MLP for vectors.
+
+Shapes:  B batch   C latent channels   d h w latent voxels   E embedding   K conditions
+
+All three are told the time t [B] and the conditions c [B K] (standardised; NaN marks one that is withheld) through a scale,
+a shift and a gate on each block (Peebles and Xie 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctvae.models.blocks import ChannelNorm
+
+EMBEDDING = 256
+FEWEST_SLICES_BF16 = 4  # on a CPU: oneDNN's bf16 weight gradient of a grid two slices deep is wrong (torch 2.13, docs/log.md)
+
+
+class Embedding(nn.Module):
+    """Time and conditions -> [B E]."""
+
+    def __init__(self, conditions: int):
+        super().__init__()
+        self.frequencies = nn.Buffer(torch.exp(torch.linspace(0, math.log(1000.0), 64)), persistent=False)
+        self.time = nn.Sequential(nn.Linear(128, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING))
+        self.condition = nn.Sequential(nn.Linear(2 * conditions, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING))
+
+    def forward(self, t: Tensor, c: Tensor) -> Tensor:  # [B], [B K]
+        phase = t[:, None] * self.frequencies  # [B 64]
+        given = (~c.isnan()).to(c.dtype)
+        values = torch.cat((c.nan_to_num(0.0), given), dim=1)  # [B 2K]
+        return self.time(torch.cat((phase.cos(), phase.sin()), dim=1)) + self.condition(values)
+
+
+class Block(nn.Module):
+    """norm, scale and shift, conv, act, conv, gate, added to the input; starts as the identity."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = ChannelNorm(channels)
+        self.conv1 = nn.Conv3d(channels, channels, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv3d(channels, channels, kernel_size=3, padding=1)
+        self.modulation = nn.Linear(EMBEDDING, 3 * channels)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:  # [B C d h w], [B E]
+        scale, shift, gate = self.modulation(F.silu(e))[..., None, None, None].chunk(3, dim=1)
+        y = self.norm(x) * (1 + scale) + shift
+        return x + gate * self.conv2(F.silu(self.conv1(y)))
+
+
+class Attention(nn.Module):
+    """Self-attention among all voxels of a coarse grid, added to the input; starts as the identity."""
+
+    def __init__(self, channels: int, head: int = 32):
+        super().__init__()
+        self.heads = max(1, channels // head)
+        self.norm = ChannelNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B C d h w]
+        tokens = self.norm(x).flatten(2).mT  # [B N C]
+        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x [B heads N c]
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B N C]
+        return x + self.out(mixed).mT.unflatten(2, x.shape[2:])
+
+
+class Level(nn.Module):
+    """Blocks at one resolution, with attention after them where the grid is small."""
+
+    def __init__(self, channels: int, blocks: int, attend: bool):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(channels) for _ in range(blocks))
+        self.attention = Attention(channels) if attend else None
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        small = x.device.type == "cpu" and x.shape[2] < FEWEST_SLICES_BF16
+        if small:
+            x, e = x.float(), e.float()
+        with torch.autocast("cpu", enabled=False) if small else nullcontext():
+            for block in self.blocks:
+                x = block(x, e)
+            return x if self.attention is None else self.attention(x)
+
+
+class UNet(nn.Module):
+    """Velocity of the coarse latents; sees where each voxel lies and, below the finest grid, all voxels at once."""
+
+    def __init__(self, channels: int, conditions: int, widths: tuple[int, ...], blocks: int):
+        super().__init__()
+        self.embedding = Embedding(conditions)
+        self.entry = nn.Conv3d(channels + 3, widths[0], kernel_size=3, padding=1)
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        attends = [level > 0 for level in range(len(widths))]
+        self.down = nn.ModuleList(Level(w, blocks, a) for w, a in zip(widths, attends, strict=True))
+        self.widen = nn.ModuleList(nn.Conv3d(fine, coarse, kernel_size=1) for fine, coarse in pairs)
+        self.merge = nn.ModuleList(nn.Conv3d(fine + coarse, fine, kernel_size=1) for fine, coarse in pairs)
+        self.up = nn.ModuleList(Level(w, blocks, a) for w, a in zip(widths[:-1], attends[:-1], strict=True))
+        self.norm = ChannelNorm(widths[0])
+        self.out = nn.Conv3d(widths[0], channels, kernel_size=3, padding=1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B C d h w], [B], [B K]
+        e = self.embedding(t, c)
+        x = self.down[0](self.entry(torch.cat((x, coordinates(x)), dim=1)), e)
+        skips = []
+        for widen, level in zip(self.widen, self.down[1:], strict=True):
+            skips.append(x)
+            x = level(widen(F.avg_pool3d(x, 2, ceil_mode=True, count_include_pad=False)), e)
+        for merge, level in zip(reversed(self.merge), reversed(self.up), strict=True):
+            skip = skips.pop()
+            x = F.interpolate(x, size=skip.shape[2:], mode="nearest")
+            x = level(merge(torch.cat((skip, x), dim=1)), e)
+        return self.out(F.silu(self.norm(x)))  # [B C d h w]
+
+
+class DetailNet(nn.Module):
+    """Velocity of the detail bands given the coarse latents: convolutions only, so it is trained on crops and runs on any size."""
+
+    def __init__(self, channels: int, given: int, conditions: int, width: int, blocks: int):
+        super().__init__()
+        self.embedding = Embedding(conditions)
+        self.entry = nn.Conv3d(channels + given, width, kernel_size=3, padding=1)
+        self.level = Level(width, blocks, attend=False)
+        self.norm = ChannelNorm(width)
+        self.out = nn.Conv3d(width, channels, kernel_size=3, padding=1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor, coarse: Tensor) -> Tensor:  # [B C d h w], [B], [B K], [B G d h w]
+        x = self.level(self.entry(torch.cat((x, coarse), dim=1)), self.embedding(t, c))
+        return self.out(F.silu(self.norm(x)))
+
+
+class VectorNet(nn.Module):
+    """Velocity of vector latents: a residual MLP."""
+
+    def __init__(self, size: int, conditions: int, width: int, blocks: int):
+        super().__init__()
+        self.embedding = Embedding(conditions)
+        self.entry = nn.Linear(size, width)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.RMSNorm(2 * width), nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(blocks))
+        self.told = nn.Linear(EMBEDDING, width)
+        self.out = nn.Linear(width, size)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B C], [B], [B K]
+        e = self.told(F.silu(self.embedding(t, c)))
+        x = self.entry(x)
+        for block in self.blocks:
+            x = x + block(torch.cat((x, e), dim=1))
+        return self.out(x)
+
+
+def coordinates(x: Tensor) -> Tensor:
+    """Position of each voxel along d, h, w from -1 to 1: [B 3 d h w]."""
+    axes = [torch.linspace(-1, 1, size, device=x.device, dtype=x.dtype) for size in x.shape[2:]]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(len(x), -1, -1, -1, -1)

@@ -1,0 +1,126 @@
+"""`wavelet3d`: a residual 3D KL autoencoder that works on Haar bands, never on raw voxels.
+
+Shapes:  B batch   D H W image voxels   d h w latent voxels   Z latent channels
+with D = d * grid[0], H = h * grid[1], W = w * grid[2] and grid = cfg.grid.
+
+A first convolution at full resolution is where a 3D network's memory goes (one feature of 64x512x512 in bf16 is 32 MiB).
+Here the first convolution sees eight Haar bands at half the resolution, so the same features cost an eighth. All layers are
+convolutions and per-voxel operations: the network takes any size on its grid, and a tile with its halo equals the whole.
+KL autoencoder: Kingma and Welling 2014, Rombach et al. 2022; Haar stem: as in HA-GAN's and WDM-3D's spirit, but learned around.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ctvae import haar
+from ctvae.config import Size3, Wavelet3D
+from ctvae.models.blocks import ResBlock
+
+
+INITIAL_LOGVAR = -6.0  # posteriors begin narrow: with sigma near 1 the first steps would learn from noise
+
+
+class Encoder(nn.Module):
+    """Haar step, convolution, residual blocks, per level from fine to coarse."""
+
+    def __init__(self, cfg: Wavelet3D):
+        super().__init__()
+        self.strides = cfg.strides
+        c_in, entries, levels = 1, [], []
+        for level, (stride, width, blocks) in enumerate(zip(cfg.strides, cfg.widths, cfg.blocks, strict=True)):
+            size = 3 if level == 0 else 1
+            entries.append(nn.Conv3d(c_in * haar.bands(stride), width, size, padding=size // 2))
+            levels.append(nn.ModuleList(ResBlock(width) for _ in range(blocks)))
+            c_in = width
+        self.entries = nn.ModuleList(entries)
+        self.levels = nn.ModuleList(levels)
+        self.to_moments = nn.Conv3d(c_in, 2 * cfg.latent_channels, kernel_size=1)
+        nn.init.constant_(self.to_moments.bias.data[cfg.latent_channels :], INITIAL_LOGVAR)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [B 1 D H W]
+        for stride, entry, blocks in zip(self.strides, self.entries, self.levels, strict=True):
+            x = entry(haar.forward(x, stride))  # halves the axes whose step is 2
+            for block in blocks:
+                x = block(x)
+        mean, logvar = self.to_moments(x).float().chunk(2, dim=1)  # 2 x [B Z d h w]
+        return mean, logvar.clamp(-30.0, 20.0)
+
+
+class Decoder(nn.Module):
+    """The encoder's mirror: residual blocks, convolution, inverse Haar step, per level from coarse to fine."""
+
+    def __init__(self, cfg: Wavelet3D):
+        super().__init__()
+        self.strides = cfg.strides[::-1]
+        widths, blocks = cfg.widths[::-1], cfg.blocks[::-1]
+        self.entry = nn.Conv3d(cfg.latent_channels, widths[0], kernel_size=3, padding=1)
+        self.levels = nn.ModuleList(nn.ModuleList(ResBlock(w) for _ in range(n)) for w, n in zip(widths, blocks, strict=True))
+        exits = []
+        for width, finer, stride in zip(widths, (*widths[1:], 1), self.strides, strict=True):
+            last = finer == 1 and len(exits) == len(widths) - 1
+            exits.append(nn.Conv3d(width, finer * haar.bands(stride), 3 if last else 1, padding=1 if last else 0))
+        self.exits = nn.ModuleList(exits)
+
+    def forward(self, z: Tensor) -> Tensor:  # [B Z d h w]
+        x = self.entry(z)
+        for stride, blocks, leave in zip(self.strides, self.levels, self.exits, strict=True):
+            for block in blocks:
+                x = block(x)
+            x = haar.inverse(leave(x), stride)  # doubles the axes whose step is 2
+        return x.float()  # [B 1 D H W]
+
+
+class Wavelet3DVAE(nn.Module):
+    spatial = True
+
+    def __init__(self, cfg: Wavelet3D, shape: Size3):
+        super().__init__()
+        self.cfg = cfg
+        d, h, w = (size // step for size, step in zip(shape, cfg.grid, strict=True))
+        self.latent_shape = (cfg.latent_channels, d, h, w)
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+        if cfg.checkpointing:
+            checkpoint_blocks(self)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B 1 D H W] in -1..1 -> mean and log variance, [B Z d h w] each."""
+        return self.encoder(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """[B Z d h w] -> [B 1 D H W] in about -1..1."""
+        return self.decoder(z)
+
+    @property
+    def halo(self) -> Size3:
+        """Latent voxels beyond a tile that its decoding or encoding can see, along D H W."""
+        return halo(self.cfg)
+
+
+def halo(cfg: Wavelet3D) -> Size3:
+    """Latent voxels around a tile that reach into it: every 3x3x3 convolution of a level adds one voxel of that level."""
+    reach = []
+    for axis in range(3):
+        scale = math.prod(stride[axis] for stride in cfg.strides)  # image voxels per latent voxel
+        voxels, step = 0, 1
+        for level, stride in enumerate(cfg.strides):
+            step *= stride[axis]
+            convolutions = 2 * cfg.blocks[level] + (level in (0, len(cfg.strides) - 1)) + (len(cfg.strides) == 1)
+            voxels += step * convolutions
+        reach.append(math.ceil(voxels / scale) + 1)
+    return reach[0], reach[1], reach[2]
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Recompute every residual block in the backward pass (Chen et al. 2016); the layers stay textbook."""
+    for module in model.modules():
+        if isinstance(module, ResBlock):
+            plain = module.forward
+            module.forward = lambda x, plain=plain: (  # type: ignore[method-assign]
+                checkpoint(plain, x, use_reentrant=False) if torch.is_grad_enabled() else plain(x)
+            )

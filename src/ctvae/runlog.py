@@ -1,0 +1,176 @@
+"""The run folder: what is being trained, how far it is, and its measured curve.
+
+    run/config.yaml             every setting
+    run/run.json                the data it was trained on, the stages finished
+    run/autoencoder.safetensors the averaged weights, once that stage is done
+    run/prior-*.safetensors     the priors, once that stage is done
+    run/latents.safetensors     the training groups' posterior moments
+    run/checkpoints/            training state, the last two of each network
+    run/logs/                   metrics as CSV and TensorBoard events
+    run/previews/               pictures made while training
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from ctvae import files
+from ctvae.checkpoint import Checkpoints
+from ctvae.config import Config, Training, dump_config, load_config
+from ctvae.errors import ConfigError, InputError, ModelError
+from ctvae.version import __version__
+
+
+class Run:
+    """A run folder. Opening one that exists checks that it belongs to the same settings and data."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @classmethod
+    def create_or_resume(cls, folder: Path, cfg: Config, dataset_fingerprint: str) -> Run:
+        """Raises ConfigError where the folder holds a run with other settings or data."""
+        run = cls(folder)
+        if run.config_path.exists():
+            run._check(cfg, dataset_fingerprint)
+            return run
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: is a file; --out names a folder")
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder}: is neither empty nor a ctvae run; choose another folder for --out")
+        files.write_json(run.folder / "run.json", {"ctvae": __version__, "dataset": dataset_fingerprint, "stages": {}})
+        files.write_text(run.config_path, dump_config(cfg))
+        return run
+
+    def _check(self, cfg: Config, dataset_fingerprint: str) -> None:
+        old = load_config(self.config_path)
+        if _without_minutes(old) != _without_minutes(cfg):  # more or fewer minutes: the same run, ended sooner or later
+            raise ConfigError(
+                f"{self.folder}: was begun with other settings ({_differences(old, cfg)}); "
+                "repeat the first command or choose another --out"
+            )
+        if self.state["dataset"] != dataset_fingerprint:
+            raise ConfigError(f"{self.folder}: was begun on another dataset; choose another --out")
+
+    @property
+    def config_path(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def state(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self.folder}: run.json is missing or damaged ({error})") from error
+
+    def note(self, **entries: Any) -> None:
+        """Add entries to run.json."""
+        files.write_json(self.folder / "run.json", {**self.state, **entries})
+
+    def stage_done(self, stage: str) -> bool:
+        return stage in self.state["stages"]
+
+    def finish_stage(self, stage: str, **figures: Any) -> None:
+        self.note(stages={**self.state["stages"], stage: figures})
+
+    def checkpoints(self, name: str) -> Checkpoints:
+        return Checkpoints(self.folder / "checkpoints", name)
+
+
+class Clock:
+    """Training time of one stage, counted over all its sessions, and the learning rate's place in it.
+
+    With `minutes` the stage ends when steps or minutes are used up, whichever is first, and the decay follows the larger
+    share. Without, everything depends on the step alone and a resumed run is bit-equal to one that ran through.
+    """
+
+    def __init__(self, cfg: Training, steps: int, minutes: float | None, seconds_before: float = 0.0):
+        self.cfg, self.steps, self.minutes = cfg, steps, minutes
+        self._before, self._start = seconds_before, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._start
+
+    def progress(self, step: int) -> float:
+        """0 at the start, 1 at the end."""
+        share = step / self.steps
+        return min(1.0, share if self.minutes is None else max(share, self.seconds / (60 * self.minutes)))
+
+    def seconds_left(self, step: int, first_step: int) -> float:
+        if step <= first_step:
+            return math.nan
+        per_step = (time.monotonic() - self._start) / (step - first_step)
+        left = (self.steps - step) * per_step
+        return left if self.minutes is None else max(0.0, min(left, 60 * self.minutes - self.seconds))
+
+    def lr(self, step: int, progress: float) -> float:
+        """Linear warm-up, then a cosine to 1 % of the peak (Loshchilov and Hutter 2017)."""
+        warm = min(1.0, (step + 1) / self.cfg.warmup)
+        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)) if self.cfg.decay == "cosine" else 1.0
+        return self.cfg.lr * warm * cosine
+
+
+class Curve:
+    """One stage's metrics: a row per report in a CSV file, and the same in TensorBoard's format."""
+
+    def __init__(self, run: Run, name: str, resumed_at: int):
+        self.path = run.folder / "logs" / f"{name}.csv"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._name, self._events = name, run.folder / "logs"
+        self._writer: Any = None
+        rows = self._rows_until(resumed_at)
+        if self.path.exists():
+            files.write_text(self.path, "".join(rows))
+
+    def _rows_until(self, step: int) -> list[str]:
+        if not self.path.exists():
+            return []
+        header, *rows = self.path.read_text().splitlines(keepends=True)
+        return [header, *(row for row in rows if int(row.split(",")[0]) <= step)]
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", *values])
+            writer.writerow([step, *(f"{value:.6g}" for value in values.values())])
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(self._events, purge_step=step)
+        for key, value in values.items():
+            self._writer.add_scalar(f"{self._name}/{key}", value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _without_minutes(cfg: Config) -> Config:
+    return cfg.model_copy(
+        update={
+            "autoencoder": cfg.autoencoder.model_copy(update={"minutes": None}),
+            "prior": cfg.prior.model_copy(update={"minutes": None}),
+        }
+    )
+
+
+def _differences(old: Config, new: Config) -> str:
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    shown = [f"{key}: {before.get(key)} there, {after.get(key)} now" for key in keys[:3]]
+    return "; ".join(shown) + (f"; and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,140 @@
+"""Stage 1: the autoencoder. The whole loop stands here.
+
+Shapes:  B batch   D H W voxels   latents [B ...] as the method makes them
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ctvae import losses, pictures
+from ctvae.checkpoint import EMA, save
+from ctvae.config import AutoencoderTraining, Config, Size3
+from ctvae.device import generator, make_fabric
+from ctvae.errors import TrainingDiverged
+from ctvae.models import build
+from ctvae.progress import Progress
+from ctvae.runlog import Clock, Curve, Run
+from ctvae.training.groups import TrainingGroups
+from ctvae.training.optimizer import build_optimizer
+
+VALIDATION_GROUPS = 4
+
+
+class Objective(nn.Module):
+    """The network and its loss in one forward call, so that Fabric can wrap precision and devices around it."""
+
+    def __init__(self, network: nn.Module, cfg: AutoencoderTraining, window_hu: tuple[float, float]):
+        super().__init__()
+        self.network, self.cfg = network, cfg
+        low, high = window_hu
+        soft = [2 * (hu - low) / (high - low) - 1 for hu in losses.SOFT_TISSUE_HU]
+        self.soft = (max(-1.0, soft[0]), min(1.0, soft[1]))
+
+    def forward(self, x: Tensor, random: torch.Generator) -> dict[str, Tensor]:  # [B 1 D H W]
+        mean, logvar = self.network.encode(x)
+        noise = torch.randn(mean.shape, generator=random).to(mean.device)
+        y = self.network.decode(mean + (0.5 * logvar).exp() * noise)  # [B 1 D H W]
+        return {**self._reconstruction(y.float(), x), **self._kl(mean, logvar)}
+
+    def _reconstruction(self, y: Tensor, x: Tensor) -> dict[str, Tensor]:
+        cfg = self.cfg
+        if cfg.reconstruction == "mse_sum":
+            loss = (y - x).square().flatten(1).sum(1).mean()
+        else:
+            loss = (y - x).abs().mean()
+        terms = {"reconstruction": cfg.reconstruction_weight * loss}
+        if cfg.gradient_weight:
+            terms["gradient"] = cfg.gradient_weight * losses.gradient_l1(y, x)
+        if cfg.soft_tissue_weight and self.soft[0] < self.soft[1]:
+            terms["soft_tissue"] = cfg.soft_tissue_weight * losses.window_l1(y, x, *self.soft)
+        return terms
+
+    def _kl(self, mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
+        kl = losses.kl_to_standard_normal(mean, logvar)
+        summed = self.cfg.reconstruction == "mse_sum"
+        return {"kl": self.cfg.kl_weight * (kl.flatten(1).sum(1).mean() if summed else kl.mean())}
+
+
+def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validation: TrainingGroups) -> None:
+    """Fit the autoencoder; resumes from `run`. Writes run/autoencoder.safetensors (averaged weights) at the end.
+
+    Raises TrainingDiverged when the loss is not finite; the last good checkpoint is then named.
+    """
+    settings = cfg.autoencoder
+    fabric = make_fabric(settings.precision)
+    torch.manual_seed(cfg.seed)
+    network = build(cfg.model, training.shape).to(fabric.device)
+    if cfg.model.kind in ("wavelet3d", "conv3d"):
+        network = network.to(memory_format=torch.channels_last_3d)
+    ema = EMA(network, settings.ema_decay)
+    optimizer = build_optimizer(network, settings)
+    checkpoints = run.checkpoints("autoencoder")
+    meta = checkpoints.resume(network, ema, optimizer)
+    start = int(meta["step"])
+    clock = Clock(settings, settings.steps, settings.minutes, meta.get("seconds", 0.0))
+    curve = Curve(run, "autoencoder", start)
+    objective, fabric_optimizer = fabric.setup(Objective(network, settings, cfg.data.window_hu), optimizer)
+    window: dict[str, Tensor] = {}
+    step, logged = start, start
+
+    with Progress("autoencoder", total=settings.steps) as bar:
+        while True:
+            progress = clock.progress(step)
+            last = progress >= 1.0
+
+            # Report and save before the update, so that a resumed run repeats nothing.
+            if step > logged and (last or step % settings.log_every == 0):
+                means = {name: (value / (step - logged)).item() for name, value in window.items()}
+                total = sum(means.values())
+                if not math.isfinite(total):
+                    raise TrainingDiverged(f"loss is {total} by step {step}; lower autoencoder.lr and run again from {run.folder}")
+                curve.log(step, {"loss": total, **means, "lr": optimizer.param_groups[0]["lr"]})
+                bar.update(step, loss=total, seconds_left=clock.seconds_left(step, start))
+                window, logged = {}, step
+            if step > start and (last or step % settings.save_every == 0):
+                checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds})
+            if last:
+                break
+
+            # One optimisation step. Randomness depends on (seed, step) alone.
+            x = fabric.to_device(training.batch(settings.batch, cfg.seed, step))  # [B 1 D H W]
+            optimizer.param_groups[0]["lr"] = clock.lr(step, progress)
+            terms = objective(x, generator(cfg.seed, step))
+            fabric_optimizer.zero_grad(set_to_none=True)
+            fabric.backward(sum(terms.values()))
+            nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
+            fabric_optimizer.step()
+            ema.update(network, step)
+            for name, value in terms.items():
+                window[name] = window.get(name, 0.0) + value.detach().float()
+            step += 1
+
+    curve.close()
+    network.load_state_dict(ema.weights)
+    figures = validate(network.eval(), validation, run, cfg)
+    save_autoencoder(run, cfg, network, training.shape, {"steps": step, "seconds": clock.seconds, **figures})
+    run.finish_stage("autoencoder", steps=step, seconds=round(clock.seconds), **figures)
+    checkpoints.clear()
+
+
+def save_autoencoder(run: Run, cfg: Config, network: nn.Module, shape: Size3, figures: dict) -> None:
+    meta = {"config": cfg.model_dump(mode="json"), "shape": shape, **figures}
+    save(run.folder / "autoencoder.safetensors", network.state_dict(), meta)
+
+
+@torch.no_grad()
+def validate(network: nn.Module, groups: TrainingGroups, run: Run, cfg: Config) -> dict[str, float]:
+    """PSNR in dB over -1..1 on a few held-out groups, and a picture of them beside their reconstructions."""
+    rows, psnrs = [], []
+    for index in range(min(VALIDATION_GROUPS, len(groups))):
+        x = groups.plain(index)[None]
+        y = network.decode(network.encode(x)[0]).clamp(-1, 1)
+        psnrs.append(10 * math.log10(4.0 / max(1e-12, (y - x).square().mean().item())))
+        rows += [("held out", groups.as_volume(index, x[0, 0])), ("reconstructed", groups.as_volume(index, y[0, 0]))]
+    if rows:
+        pictures.preview(rows, run.folder / "previews" / "autoencoder.png", cfg.data.window_hu)
+    return {"validation_psnr_db": round(sum(psnrs) / len(psnrs), 3)} if psnrs else {}

@@ -1,0 +1,73 @@
+"""The optimiser of both stages: Muon for weight matrices and convolutions, Adam for everything else.
+
+Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, so that every direction of a
+layer learns at one pace. The update is scaled to Adam's usual size (Liu et al. 2025, 0.2 sqrt(max(rows, columns))),
+so one learning rate serves both. A convolution is the matrix [out, in * kernel].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ctvae.config import Training
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic whose iteration drives singular values towards 1
+
+
+def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """About U V^T for matrix = U S V^T, by Newton-Schulz iterations: singular values end between 0.7 and 1.2."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon on parameters of two or more axes, Adam on the rest; decoupled weight decay on the former."""
+
+    def __init__(self, network: nn.Module, lr: float, weight_decay: float = 0.0):
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.ndim >= 2:
+                    self._muon(p, group["lr"], group["weight_decay"])
+                else:
+                    self._adam(p, group["lr"])
+
+    def _muon(self, p: Tensor, lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(p.grad, 1 - momentum)
+        update = p.grad.lerp(state["momentum"], momentum).flatten(1)  # Nesterov's look-ahead
+        size = 0.2 * max(update.shape) ** 0.5
+        p.mul_(1 - lr * weight_decay).add_(orthogonalised(update).view(p.shape), alpha=-lr * size)
+
+    def _adam(self, p: Tensor, lr: float, beta1: float = 0.9, beta2: float = 0.99) -> None:
+        state = self.state[p]
+        if not state:
+            state |= {"step": torch.zeros(()), "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
+        state["step"] += 1
+        state["mean"].lerp_(p.grad, 1 - beta1)
+        state["square"].lerp_(p.grad.square(), 1 - beta2)
+        step = state["step"].item()
+        scale = (state["square"] / (1 - beta2**step)).sqrt().add_(1e-8)
+        p.addcdiv_(state["mean"], scale, value=-lr / (1 - beta1**step))
+
+
+def build_optimizer(network: nn.Module, cfg: Training) -> torch.optim.Optimizer:
+    """The optimiser that the recipe names."""
+    if cfg.optimizer == "adam":
+        return torch.optim.Adam(network.parameters(), lr=cfg.lr)
+    return Muon(network, cfg.lr, cfg.weight_decay)

@@ -1,0 +1,89 @@
+"""The verb `train`: the autoencoder, then the priors over its latents, in one resumable run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ctvae.checkpoint import load
+from ctvae.config import Config, load_config, load_recipe
+from ctvae.dataset import Dataset
+from ctvae.errors import ConfigError, ModelError
+from ctvae.latents import LatentSet
+from ctvae.models import build
+from ctvae.runlog import Run
+from ctvae.training.autoencoder import train_autoencoder
+from ctvae.training.groups import TrainingGroups, training_shape
+from ctvae.training.prior import encode_groups, train_prior
+
+STAGES = ("autoencoder", "prior", "both")
+AUTOENCODER_SHARE = {"wavelet3d": 0.4}  # of --minutes; the other methods' vector priors are quick
+OTHER_SHARE = 0.8
+
+
+def train(
+    dataset: Path | str,
+    out: Path | str,
+    *,
+    method: str | None = None,
+    stage: str = "both",
+    overrides: Sequence[str] = (),
+    minutes: float | None = None,
+) -> Path:
+    """Train `method`'s autoencoder and then its priors on a prepared dataset; the same call again resumes.
+
+    `minutes` is shared between the stages; without it each runs its recipe's steps. `method` none: what the run folder
+    says, else wavelet3d. Returns the run folder. Raises InputError, ConfigError, ModelError or TrainingDiverged.
+    """
+    if stage not in STAGES:
+        raise ConfigError(f"unknown stage '{stage}' (known: {', '.join(STAGES)})")
+    data, folder = Dataset.open(Path(dataset)), Path(out)
+    cfg = _settings(data, folder, method, overrides, stage, minutes)
+    run = Run.create_or_resume(folder, cfg, data.fingerprint)
+    if stage != "prior" and not run.stage_done("autoencoder"):
+        train_autoencoder(run, cfg, _groups(data, cfg, "train"), _groups(data, cfg, "validation"))
+    if stage != "autoencoder" and not run.stage_done("prior"):
+        train_prior(run, cfg, *_latents(run, data, cfg))
+    return folder
+
+
+def _settings(
+    data: Dataset, folder: Path, method: str | None, overrides: Sequence[str], stage: str, minutes: float | None
+) -> Config:
+    saved = folder / "config.yaml"
+    if method is None and saved.exists():
+        method = load_config(saved).method
+    cfg = load_recipe(method or "wavelet3d", overrides)
+    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"shape": training_shape(data, cfg)})})
+    if minutes is None:
+        return cfg
+    share = AUTOENCODER_SHARE.get(cfg.model.kind, OTHER_SHARE) if stage == "both" else 1.0
+    return cfg.model_copy(
+        update={
+            "autoencoder": cfg.autoencoder.model_copy(update={"minutes": minutes * share}),
+            "prior": cfg.prior.model_copy(update={"minutes": minutes * ((1 - share) if stage == "both" else 1.0)}),
+        }
+    )
+
+
+def _groups(data: Dataset, cfg: Config, split: str) -> TrainingGroups:
+    assert cfg.data.shape is not None
+    return TrainingGroups(data, data.groups(split), cfg.data, cfg.data.shape)
+
+
+def _latents(run: Run, data: Dataset, cfg: Config) -> tuple[LatentSet, LatentSet | None]:
+    """The training groups' latents, encoded once and kept in the run folder, and the validation groups' if there are any."""
+    weights = run.folder / "autoencoder.safetensors"
+    if not weights.exists():
+        raise ModelError(f"{run.folder}: has no trained autoencoder yet; run with --stage autoencoder or both first")
+    training, validation = (run.folder / f"latents{name}.safetensors" for name in ("", "-validation"))
+    if not training.exists() or (not validation.exists() and data.groups("validation")):
+        network = build(cfg.model, cfg.data.shape or (0, 0, 0))
+        network.load_state_dict(load(weights)[0])
+        network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        encode_groups(network, _groups(data, cfg, "train"), cfg.prior.encodings, cfg.seed).save(training)
+        if data.groups("validation"):
+            encode_groups(network, _groups(data, cfg, "validation"), 1, cfg.seed).save(validation)
+    return LatentSet.load(training), LatentSet.load(validation) if validation.exists() else None

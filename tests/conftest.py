@@ -1,0 +1,52 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real CT scans; skips the test where there is none."""
+    folder = Path(os.environ.get("CTVAE_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not (folder / "index.csv").is_file():
+        pytest.skip("needs the real CT scans of CTVAE_DATA or ../shared/data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scan_hu() -> Callable[..., np.ndarray]:
+    """`scan_hu(seed, shape)`: int16 HU [D H W] that pass for CT: an oblong body with noise in air."""
+
+    def make(seed: int = 0, shape: tuple[int, int, int] = (20, 24, 32)) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+        body = (y / 0.6) ** 2 + (x / 0.8) ** 2 < 1
+        hu = np.where(body, 40 + 20 * np.sin(3 * z + seed) + 60 * (x > 0.2), -1000)
+        return np.maximum(hu + rng.normal(0, 10, shape), -1024).round().astype(np.int16)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_nifti() -> Callable[..., Path]:
+    """`write_nifti(path, hu [D H W], spacing_mm (x y z))` writes a canonical file, with nibabel alone."""
+
+    def write(path: Path, hu: np.ndarray, spacing_mm: tuple[float, float, float] = (1.5, 1.5, 3.0)) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = nib.Nifti1Image(hu.transpose(2, 1, 0), LPS @ np.diag([*spacing_mm, 1.0]))
+        image.set_sform(image.affine, code="scanner")
+        image.set_qform(image.affine, code="scanner")
+        nib.save(image, path)
+        return path
+
+    return write
