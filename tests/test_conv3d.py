@@ -131,15 +131,16 @@ def test_the_decoder_uses_the_latent(model):
     assert apart > 1e-4
 
 
-def test_one_volume_can_be_learned(model, volume):
-    x = volume[:1]
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+def test_one_volume_can_be_learned(model):
+    x = torch.full((1, 1, 16, 24, 32), -1.0)
+    x[..., 6:18, 8:24] = 0.0  # a body in air
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     first = objective(model, x).item()
-    for _ in range(60):
+    for _ in range(40):
         optimizer.zero_grad()
         objective(model, x).backward()
         optimizer.step()
-    assert objective(model, x).item() < min(0.5 * first, x.var().item())  # x.var(): the best constant
+    assert objective(model, x).item() < min(0.5 * first, 0.5 * x.var().item())  # x.var(): the best constant
 
 
 def test_eval_is_deterministic_and_blind_to_the_batch(model, volume):

@@ -131,3 +131,10 @@ def test_a_missing_or_changed_group_file_is_named(copy):
     changed = next(group for group in Dataset.open(copy).groups() if group.id == third.id)
     with pytest.raises(InputError, match=r"is not \(9, 24, 32\)"):
         dataset.hu(changed)
+
+
+def test_the_page_on_formats_names_every_key(made):
+    page = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+    content = json.loads((made / "dataset.json").read_text())
+    keys = {*content, *content["settings"], *content["scans"][0], *content["groups"][0]}
+    assert [key for key in sorted(keys) if f"`{key}`" not in page] == []

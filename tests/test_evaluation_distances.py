@@ -83,7 +83,8 @@ def test_collapse_lowers_coverage_but_not_precision():
     collapsed = real[rng.integers(3, size=100)] + 0.01 * rng.normal(size=(100, 4))
     found = distances.neighbourhoods(collapsed, real)
     assert found["precision"] == 1.0
-    assert found["coverage"] < 0.4 and found["recall"] < 0.2
+    assert found["coverage"] < 0.4
+    assert found["recall"] < 0.2
 
 
 def test_classifier_is_blind_to_one_source_and_sees_two():

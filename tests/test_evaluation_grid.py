@@ -65,7 +65,8 @@ def test_the_grid_says_when_spacings_disagree():
     real = [((64, 128, 128), (4.0, 4.0, 3.0))] * 5
     assert not Grid.over(real, [((64, 128, 128), (4.4, 4.4, 3.0))]).resample_texture
     coarse = Grid.over(real, [((64, 64, 64), (8.0, 8.0, 2.0))])
-    assert coarse.resample_texture and coarse.spacing_mm == (8.0, 8.0, 3.0)
+    assert coarse.resample_texture
+    assert coarse.spacing_mm == (8.0, 8.0, 3.0)
     assert coarse.box_mm == (512.0, 512.0, 192.0)
 
 
@@ -106,9 +107,11 @@ def test_features_mean_what_their_names_say():
     scan[:, 8:24, 6:26] = 50 + rng.normal(0, 10, (18, 16, 20))
     scan[12:, 8:24, 6:26] = -100
     named = features.texture(scan, body_mask(scan), (2.0, 2.0, 5.0))
-    assert named["fat_high"] == 1.0 and named["soft_low"] == 1.0
+    assert named["fat_high"] == 1.0
+    assert named["soft_low"] == 1.0
     assert named["body_litres"] == pytest.approx(18 * 16 * 20 * 2 * 2 * 5 / 1e6)
-    assert named["body_width_mm"] == 40.0 and named["body_height_mm"] == 32.0
+    assert named["body_width_mm"] == 40.0
+    assert named["body_height_mm"] == 32.0
     noise = rng.normal(0, 10, (18, 32, 32))
     flat = features.texture(50 + noise, np.ones(noise.shape, dtype=bool), SPACING)
     assert flat["step_w1"] == pytest.approx(20 / np.sqrt(np.pi), rel=0.05)  # mean |difference| of two normals

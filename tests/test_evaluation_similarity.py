@@ -31,7 +31,9 @@ def test_psnr_equals_scikit_image(pair):
 def test_ssim_equals_scikit_image(pair):
     a, b = pair
     ours = similarity.ssim(a, b, RANGE)
-    theirs = structural_similarity(a, b, data_range=RANGE, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    theirs = structural_similarity(
+        a, b, data_range=RANGE, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    )
     assert 0.1 < theirs < 0.95
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert similarity.ssim(a, a, RANGE) == pytest.approx(1.0, abs=1e-6)
@@ -71,7 +73,12 @@ def test_a_shift_of_30_hu_is_an_error_of_30_hu():
 def test_a_perfect_reconstruction_has_finite_figures():
     scan = scan_with_known_tissues()
     section = reconstruction.summarise([reconstruction.compare(scan, scan)] * 3, ["a", "b", "c"], scan.shape, seed=0)
-    assert section["windows"]["full"]["psnr_db"] == {"status": "ok", "mean": 100.0, "interval": [100.0, 100.0], "patients": 3}
+    assert section["windows"]["full"]["psnr_db"] == {
+        "status": "ok",
+        "mean": 100.0,
+        "interval": [100.0, 100.0],
+        "patients": 3,
+    }
     assert section["windows"]["full"]["mae_air_hu"] == {"status": "not enough", "need": 1}
     assert section["ms_ssim_scales"] == 1
 
@@ -81,5 +88,6 @@ def test_the_interval_is_over_patients_not_scans():
     figures = [reconstruction.compare(scan, scan + error) for error in (10, 10, 10, 10, 20, 30)]
     section = reconstruction.summarise(figures, ["a", "a", "a", "a", "b", "c"], scan.shape, seed=0)
     entry = section["windows"]["full"]["mae_hu"]
-    assert entry["mean"] == pytest.approx(20) and entry["patients"] == 3
+    assert entry["mean"] == pytest.approx(20)
+    assert entry["patients"] == 3
     assert entry["interval"] == pytest.approx([10, 30], abs=4)

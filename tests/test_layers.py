@@ -30,7 +30,7 @@ def table() -> list[list[str]]:
     text = (ROOT / "docs" / "decisions" / "0001-architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+)[^|]*\|([^|]*)\|$", text, re.MULTILINE)
     assert [int(number) for number, _ in rows] == list(range(len(rows)))
-    return [re.findall(r"`([\w.*]+)`", modules) for _, modules in rows]
+    return [re.findall(r"`([\w.*]+)`", re.sub(r"\([^)]*\)", "", modules)) for _, modules in rows]
 
 
 def layer_of(module: str) -> int | None:

@@ -114,16 +114,21 @@ def test_gradient_reaches_every_parameter(model, volume):
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_one_volume_can_be_learned(model, volume):
-    x = nn.functional.avg_pool3d(volume[:1], (1, 7, 7), stride=1, padding=(0, 3, 3))
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+def test_one_volume_can_be_learned(model):
+    x = torch.full((1, 1, *SHAPE), -1.0)
+    x[..., 8:24, 12:36] = 0.0  # a body in air
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     first = objective(model, x).item()
-    for _ in range(80):
+    for _ in range(60):
         optimizer.zero_grad()
         objective(model, x).backward()
         optimizer.step()
-    assert objective(model, x).item() < 0.6 * first
-    assert objective(model, x).item() < x.var().item()  # better than the best constant
+    assert objective(model, x).item() < min(0.5 * first, 0.5 * x.var().item())  # x.var(): the best constant
+
+
+def test_an_untrained_decoder_draws_air(model):
+    drawn = model.decode(torch.zeros(1, *model.latent_shape))
+    assert drawn.mean().item() == pytest.approx(-1.0, abs=0.1)
 
 
 def test_the_same_input_gives_the_same_output(model, volume):

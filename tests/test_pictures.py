@@ -18,7 +18,9 @@ WINDOW = (-1000.0, 1000.0)
 
 def body(shape=(40, 60, 80), spacing_mm=(2.0, 2.0, 4.0), radius_mm=50.0) -> Volume:
     """A ball of water in air; with unequal spacing its voxels form an ellipsoid."""
-    z, y, x = np.meshgrid(*((np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(shape, spacing_mm[::-1], strict=True)), indexing="ij")
+    z, y, x = np.meshgrid(
+        *((np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(shape, spacing_mm[::-1], strict=True)), indexing="ij"
+    )
     hu = np.where(x**2 + y**2 + z**2 < radius_mm**2, 0, -1000).astype(np.int16)
     return Volume(hu, plain_affine(spacing_mm, shape))
 

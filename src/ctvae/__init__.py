@@ -7,7 +7,7 @@
     ctvae.load(run).generate(seed=0).save("x.nii.gz")
 
 Names are looked up when they are first used, so that `import ctvae` loads neither torch nor anything heavy.
-Four functions are called like the module they live in (`prepare`, `generate`, `compare`, `demo`): on the package, those
+Some functions are called like the module they live in (`prepare`, `generate`, `compare` ...): on the package, such
 names always mean the function, whoever imported the module before; `from ctvae.prepare import ...` reaches the rest.
 """
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ctvae.dataset import Dataset
     from ctvae.demo import demo
     from ctvae.evaluation.evaluate import evaluate
+    from ctvae.export import export
     from ctvae.generate import generate, interpolate, load, reconstruct, vary
     from ctvae.prepare import prepare
     from ctvae.training.train import train
@@ -36,6 +37,7 @@ __all__ = [
     "compare",
     "demo",
     "evaluate",
+    "export",
     "generate",
     "interpolate",
     "load",
@@ -50,6 +52,7 @@ _HOME = {
     "compare": "ctvae.compare",
     "demo": "ctvae.demo",
     "evaluate": "ctvae.evaluation.evaluate",
+    "export": "ctvae.export",
     "generate": "ctvae.generate",
     "interpolate": "ctvae.generate",
     "load": "ctvae.generate",

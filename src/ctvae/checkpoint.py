@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,19 @@ class EMA:
                 self.weights[name].lerp_(value, 1 - decay)
             else:
                 self.weights[name].copy_(value)
+
+
+    @contextmanager
+    def applied_to(self, module: nn.Module) -> Iterator[None]:
+        """The module has the averaged weights, and is in evaluation mode, inside the block."""
+        own = {name: value.clone() for name, value in module.state_dict().items()}
+        module.load_state_dict(self.weights)
+        module.eval()
+        try:
+            yield
+        finally:
+            module.load_state_dict(own)
+            module.train()
 
 
 def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:

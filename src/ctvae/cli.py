@@ -276,6 +276,23 @@ def compare(
 
 
 @app.command()
+def export(
+    model: ModelArgument,
+    out: Out,
+    card: Annotated[Path | None, typer.Option(help="Markdown file that goes along as README.md.")] = None,
+) -> None:
+    """Make a small copy of a run to hand on.
+
+    Half-precision weights and none of the training data; every command takes the folder as MODEL.
+
+    Example: ctvae export run --out model --card model-card.md
+    """
+    from ctvae.export import export
+
+    typer.echo(export(model, out, card=card))
+
+
+@app.command()
 def demo(out: Out) -> None:
     """Run the whole path, with no scans needed.
 

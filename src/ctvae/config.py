@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -164,7 +165,7 @@ class Training(Section):
 
 
 class AutoencoderTraining(Training):
-    reconstruction: Literal["l1", "mse_sum"] = Field("l1", description="l1: mean over voxels; mse_sum: summed, as in the cited nets")
+    reconstruction: Literal["l1", "mse_sum"] = Field("l1", description="mean over voxels, or summed as in the cited nets")
     reconstruction_weight: float = Field(1.0, gt=0)
     kl_weight: float = Field(1e-6, ge=0, description="on the KL, averaged (l1) or summed (mse_sum) like the reconstruction")
     gradient_weight: float = Field(0.5, ge=0, description="L1 on finite differences along D, H, W")
@@ -266,11 +267,8 @@ def _set(tree: dict, override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {key}: cannot read the value {text!r}") from error
     if isinstance(node[leaf], str):
-        with_exponent = text.strip()
-        try:  # YAML 1.1 reads 1e-3 as text
-            node[leaf] = float(with_exponent)
-        except ValueError:
-            pass
+        with suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
+            node[leaf] = float(text)
 
 
 def _first_problem(error: ValidationError, tree: Any) -> str:

@@ -94,7 +94,7 @@ def generate(
     loaded, folder = load(model), Path(out)
     paths = [folder / f"synthetic-{seed}-{index:04d}.nii.gz" for index in range(count)]
     if not overwrite:
-        _refuse_foreign(paths, loaded, prior)
+        _refuse_foreign(paths, loaded, prior, steps or loaded.cfg.prior.sampling_steps)
     with Progress(f"generate ({prior})", total=count) as bar:
         for index, path in enumerate(paths):
             if overwrite or not (path.exists() and sidecar(path).exists()):
@@ -104,12 +104,20 @@ def generate(
     return paths
 
 
-def _refuse_foreign(paths: list[Path], model: Model, prior: str) -> None:
+def _refuse_foreign(paths: list[Path], model: Model, prior: str, steps: int) -> None:
+    ours = {"model_sha256": model.hash, "prior": prior, "steps": steps}
     for path in paths:
-        if path.exists() and sidecar(path).exists():
-            told = json.loads(sidecar(path).read_text())
-            if (told.get("model_sha256"), told.get("prior")) != (model.hash, prior):
-                raise InputError(f"{path}: was made by another model or prior; choose another --out or --overwrite")
+        if path.exists() and sidecar(path).exists() and not ours.items() <= _told(sidecar(path)).items():
+            raise InputError(f"{path}: was made by another model, prior or --steps; choose another --out or --overwrite")
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """What a sidecar says; nothing where it is damaged."""
+    try:
+        told = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def _contact_sheet(paths: list[Path], folder: Path, model: Model, most: int = 12) -> None:

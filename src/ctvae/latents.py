@@ -70,9 +70,11 @@ class LatentCode:
         code = cls({"shift": shift, "scale": scale}, pyramid_steps(means.shape[2:]) if spatial else None)
         if spatial:
             coarse, detail = code._split(code._standard(means))
+            bands = haar.bands(code.steps)
+            noise = variances.mean(axes) / scale.square() / bands  # [Z], of a mean of `bands` posterior samples
             code.tensors |= {
-                "coarse_scale": coarse.std((0, 2, 3, 4)).clamp_min(1e-3),
-                "detail_scale": detail.std((0, 2, 3, 4)).clamp_min(1e-3),
+                "coarse_scale": (coarse.var(axes, correction=0) + noise).sqrt().clamp_min(1e-3),
+                "detail_scale": (detail.var(axes, correction=0) + noise.repeat(bands - 1)).sqrt().clamp_min(1e-3),
             }
         return code
 

@@ -65,7 +65,7 @@ class Model:
 
     def _with_weights(self, network: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
         try:
-            network.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in tensors.items()})
+            network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
         except RuntimeError as error:
             raise ModelError(f"{self.folder}: weights do not fit config.yaml ({str(error).splitlines()[-1].strip()})") from error
         channels_last = any(isinstance(m, nn.Conv3d) for m in network.modules())
@@ -243,7 +243,8 @@ def open_model(model: Path | str) -> Model:
         folder = PACKAGED / str(model)
     if not folder.exists():
         known = ", ".join(packaged_models()) or "none in this installation"
-        raise ModelError(f"{model}: no such run folder or packaged model{nearest(str(model), packaged_models())} (packaged: {known})")
+        closest = nearest(str(model), packaged_models())
+        raise ModelError(f"{model}: no such run folder or packaged model{closest} (packaged: {known})")
     if not (folder / "config.yaml").is_file():
         raise ModelError(f"{model}: not a model; a run folder holds config.yaml and autoencoder.safetensors")
     if not (folder / "autoencoder.safetensors").is_file():

@@ -1,8 +1,8 @@
 """Pictures of CT volumes: three planes through the body's middle, true aspect, on black.
 
-A contact sheet has one column per scan and one row per plane (axial, coronal, sagittal). All scans of a sheet are drawn at
-one scale, cropped to the largest body among them. Axial pictures are drawn as a radiologist reads them: the patient's right
-on the left, anterior on top; in the others the head is up.
+A contact sheet has one column per scan and one row per plane (axial, coronal, sagittal). All scans of a sheet are
+drawn at one scale, cropped to the largest body among them. Axial pictures are drawn as a radiologist reads them: the
+patient's right on the left, anterior on top; in the others the head is up.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class _Column:
 
 
 def contact_sheet(scans: Titled, path: Path, window_hu: Window = "full", *, per_band: int = 6) -> None:
-    """Write one PNG of `scans` (title, volume): a column each, wrapped after `per_band`, three planes below each other."""
+    """Write one PNG of `scans` (title, volume): a column each, wrapped after `per_band`, three planes below each
+    other."""
     if not scans:
         raise InputError(f"{path}: no volumes to draw")
     bands = math.ceil(len(scans) / per_band)
@@ -71,6 +72,14 @@ def side_by_side(groups: Sequence[tuple[str, Titled]], path: Path, window_hu: Wi
     _save(_sheet(filled, beside=True), path)
 
 
+def bands(groups: Sequence[tuple[str, Titled]], path: Path, window_hu: Window = "full") -> None:
+    """Write one PNG of named groups of (title, volume), each group in a band of its own below the one before."""
+    filled = [(name, _columns(scans, window_hu)) for name, scans in groups if scans]
+    if not filled:
+        raise InputError(f"{path}: no volumes to draw")
+    _save(_sheet(filled, beside=False), path)
+
+
 def reconstructions(pairs: Sequence[tuple[str, Volume, Volume]], path: Path, window_hu: Window = "full") -> None:
     """Write one PNG with, for each (title, scan, reconstruction), both and their difference at +-200 HU."""
     if not pairs:
@@ -80,7 +89,9 @@ def reconstructions(pairs: Sequence[tuple[str, Volume, Volume]], path: Path, win
         difference = Volume(again.hu.astype(np.float32) - scan.hu, scan.affine)
         columns = _columns([("scan", scan), ("reconstruction", again)], window_hu)
         groups.append((title, [*columns, _Column("difference, ±200 HU", difference, (-200.0, 200.0))]))
-    _save(_sheet(groups, beside=len(groups) <= 2, boxes=[body_box(scan) for _, scan, _ in pairs for _ in range(3)]), path)
+    _save(
+        _sheet(groups, beside=len(groups) <= 2, boxes=[body_box(scan) for _, scan, _ in pairs for _ in range(3)]), path
+    )
 
 
 def preview(rows: Titled, path: Path, window_hu: Window) -> None:
@@ -120,7 +131,8 @@ def window(name: Window) -> tuple[float, float]:
 
 
 def body_box(volume: Volume) -> Box:
-    """Where the body is: the span of voxels above -500 HU in plane (its outermost 0.2 % left out), all slices along it."""
+    """Where the body is: the span of voxels above -500 HU in plane (its outermost 0.2 % left out), all slices along
+    it."""
     dense = volume.hu > BODY_HU
     x_mm, y_mm, z_mm = volume.spacing_mm
     depth = volume.hu.shape[0]

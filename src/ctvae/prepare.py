@@ -207,7 +207,7 @@ def _worked(jobs: list[Job], workers: int | None) -> Iterator[tuple[Job, Record]
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise InputError(
-                "a worker process died: out of memory (use fewer workers), or a script that calls ctvae.prepare without "
+                "a worker process died: out of memory (use fewer workers), or called from a script without "
                 '`if __name__ == "__main__":` (add it, or use workers=1); run again to go on where it stopped'
             ) from error
         finally:
@@ -248,7 +248,7 @@ def _content(jobs: list[Job], records: list[Record], whose: Patients) -> dict[st
         "ctvae": __version__,
         "settings": asdict(settings),
         "measured": _measured(used) if used else {},
-        "notes": notes + _label_notes(used),
+        "notes": notes + (_label_notes(used) if settings.labels else []),
         "rejected": rejected,
         "scans": [_scan_entry(patient, splits[patient], record) for patient, record in named],
         "groups": sorted(
@@ -278,7 +278,7 @@ def _earlier_splits(out: Path) -> dict[str, str]:
 def _label_notes(records: list[Record]) -> list[str]:
     notes = [f"{record['source']}: labels {record['labels']}" for record in records if ": " in record["labels"]]
     missing = [record["source"] for record in records if record["labels"] == "none"]
-    if missing and len(missing) < len(records):
+    if missing:
         more = ", ..." if len(missing) > 5 else ""
         notes.append(f"no label file for {len(missing)} of {len(records)} scans: {', '.join(missing[:5])}{more}")
     return notes

@@ -41,7 +41,7 @@ class Run:
             return run
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: is a file; --out names a folder")
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name != "run.json" for path in folder.iterdir()):  # alone: stopped right below
             raise InputError(f"{folder}: is neither empty nor a ctvae run; choose another folder for --out")
         files.write_json(run.folder / "run.json", {"ctvae": __version__, "dataset": dataset_fingerprint, "stages": {}})
         files.write_text(run.config_path, dump_config(cfg))
@@ -125,14 +125,14 @@ class Curve:
         self._name, self._events = name, run.folder / "logs"
         self._writer: Any = None
         rows = self._rows_until(resumed_at)
-        if self.path.exists():
+        if rows:
             files.write_text(self.path, "".join(rows))
+        else:
+            self.path.unlink(missing_ok=True)
 
     def _rows_until(self, step: int) -> list[str]:
-        if not self.path.exists():
-            return []
-        header, *rows = self.path.read_text().splitlines(keepends=True)
-        return [header, *(row for row in rows if int(row.split(",")[0]) <= step)]
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        return lines[:1] + [row for row in lines[1:] if int(row.split(",")[0]) <= step]
 
     def log(self, step: int, values: dict[str, float]) -> None:
         new = not self.path.exists()

@@ -40,7 +40,10 @@ def curves(x: NDArray[np.floating], series: Sequence[Series], x_label: str, y_la
         log = math.log10(max(value, 10.0**low))
         return TOP + (high - log) / max(high - low, 1) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} over {escape(x_label)}">']
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} over '
+        f'{escape(x_label)}">'
+    ]
     for decade in range(low, high + 1):
         y = py(10.0**decade)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -49,7 +52,9 @@ def curves(x: NDArray[np.floating], series: Sequence[Series], x_label: str, y_la
         parts.append(f'<text x="{px(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick:g}</text>')
     for s in series:
         edge = [*zip(x, s.high, strict=True), *zip(x[::-1], s.low[::-1], strict=True)]
-        parts.append(f'<polygon class="band {s.kind}" points="{" ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in edge)}"/>')
+        parts.append(
+            f'<polygon class="band {s.kind}" points="{" ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in edge)}"/>'
+        )
     for s in series:
         line = " ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in zip(x, s.y, strict=True))
         parts.append(f'<polyline class="line {s.kind}" points="{line}"/>')
@@ -57,9 +62,13 @@ def curves(x: NDArray[np.floating], series: Sequence[Series], x_label: str, y_la
         y = TOP + 12 + 16 * index
         parts.append(f'<line class="line {s.kind}" x1="{WIDTH - 112}" x2="{WIDTH - 90}" y1="{y - 4}" y2="{y - 4}"/>')
         parts.append(f'<text x="{WIDTH - 84}" y="{y}">{escape(s.name)}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(f'<text transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text></svg>')
+    parts.append(
+        f'<text transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text></svg>'
+    )
     return "".join(parts)
 
 
@@ -80,7 +89,8 @@ def strip(entry: dict[str, Any]) -> str:
         f'<svg class="strip" viewBox="0 0 {STRIP_WIDTH} {STRIP_HEIGHT}" aria-hidden="true">'
         f'<line class="grid" x1="2" x2="{STRIP_WIDTH - 2}" y1="{middle}" y2="{middle}"/>'
         f'<rect class="floor" x="{px(floor["low"]):.1f}" y="{middle - 7}" width="{width:.1f}" height="14" rx="2"/>'
-        f'<line class="interval {kind}" x1="{px(interval[0]):.1f}" x2="{px(interval[1]):.1f}" y1="{middle}" y2="{middle}"/>'
+        f'<line class="interval {kind}" x1="{px(interval[0]):.1f}" x2="{px(interval[1]):.1f}" y1="{middle}" '
+        f'y2="{middle}"/>'
         f'<circle class="{kind}" cx="{px(value):.1f}" cy="{middle}" r="4.5"/></svg>'
     )
 

@@ -5,9 +5,9 @@ number of features:
 
     d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
 
-Kernel distance (Binkowski et al. 2018), the unbiased squared MMD under k(x, y) = (x.y / features + 1)^3; below 0 by chance
-when both sets come from one source. Precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020)
-from balls that reach to each scan's k-th neighbour. Classifier two-sample test (Lopez-Paz and Oquab 2017).
+Kernel distance (Binkowski et al. 2018), the unbiased squared MMD under k(x, y) = (x.y / features + 1)^3; below 0 by
+chance when both sets come from one source. Precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et
+al. 2020) from balls that reach to each scan's k-th neighbour. Classifier two-sample test (Lopez-Paz and Oquab 2017).
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ import numpy as np
 
 from ctvae import pictures
 from ctvae.errors import InputError
-from ctvae.evaluation import cohort, distances, memorization, page, realism, reconstruction
+from ctvae.evaluation import cohort, memorization, page, realism, reconstruction
 from ctvae.evaluation.cohort import Cohort, Scan
 from ctvae.evaluation.grid import Grid
 from ctvae.evaluation.summary import HISTOGRAM_EDGES_HU, SPECTRUM_BINS, Summary, summarise
 from ctvae.evaluation.verdict import verdict
 from ctvae.files import write_json, write_text
+from ctvae.version import __version__
 from ctvae.volume import Volume
 
 SCHEMA_VERSION = 1
@@ -53,15 +53,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Judge the NIfTI files of `synthetic` against the real scans of `real`; returns what it writes to out/report.json.
 
-    `real` is a prepared dataset, or any folder of NIfTI (then nothing is known of splits). `split` is the real side of the
-    comparison; the other splits give the floors. `reconstruct` encodes and decodes a volume: with it, held-out scans are
-    reconstructed and compared. Writes report.json, index.html (self-contained) and PNGs into `out`. Stopped, it goes on
-    where it was. Raises InputError for a missing or empty folder, a file that is no scan, or a patient on both sides.
+    `real` is a prepared dataset, or any folder of NIfTI (then nothing is known of splits). `split` is the real side
+    of the comparison; the other splits give the floors. `reconstruct` encodes and decodes a volume: with it, held-out
+    scans are reconstructed and compared. Writes report.json, index.html (self-contained) and PNGs into `out`.
+    Stopped, it goes on where it was. Raises InputError for a missing or empty folder, a file that is no scan, or a
+    patient on both sides.
     """
     real, synthetic, out = Path(real), Path(synthetic), Path(out)
     tell = progress or (lambda done, total, what: None)
     scans = cohort.real_scans(real)
-    cohort.refuse_known_patients(synthetic, {scan.patient for scan in scans})
+    cohort.refuse_made_from(synthetic, scans)
     generated, notes = cohort.synthetic_scans(synthetic)
     sides = _measured(generated, cohort.deal(scans, split, seed), out / ".partial", tell)
     measures = _measures(sides, seed, tell)
@@ -71,7 +72,7 @@ def evaluate(
         "schema": "ctvae.report",
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "ctvae_version": _version(),
+        "ctvae_version": __version__,
         "seed": seed,
         "real": _about_real(real, sides.real),
         "synthetic": {"name": synthetic.resolve().name, "path": str(synthetic), "scans": len(generated)},
@@ -141,7 +142,9 @@ def _reconstructed(real: Cohort, reconstruct: Reconstruct, tell: Progress) -> li
         volume = scan.load()
         again = reconstruct(volume)
         if again.hu.shape != volume.hu.shape:
-            raise InputError(f"{scan.name}: reconstructed to shape {again.hu.shape}, not {volume.hu.shape}; check the model")
+            raise InputError(
+                f"{scan.name}: reconstructed to shape {again.hu.shape}, not {volume.hu.shape}; check the model"
+            )
         pairs.append((scan, volume, again))
     return pairs
 
@@ -152,7 +155,11 @@ def _reconstruction(again: Sequence[tuple[Scan, Volume, Volume]], split: str, se
     figures = [reconstruction.compare(volume.hu, decoded.hu) for _, volume, decoded in again]
     smallest = tuple(min(sizes) for sizes in zip(*(volume.hu.shape for _, volume, _ in again), strict=True))
     section = reconstruction.summarise(figures, [scan.patient for scan, _, _ in again], smallest, seed)
-    return {**section, "split": split, "by_scan": {scan.name: f for (scan, _, _), f in zip(again, figures, strict=True)}}
+    return {
+        **section,
+        "split": split,
+        "by_scan": {scan.name: f for (scan, _, _), f in zip(again, figures, strict=True)},
+    }
 
 
 def _curves(sides: _Sides) -> dict[str, Any]:
@@ -162,8 +169,18 @@ def _curves(sides: _Sides) -> dict[str, Any]:
     real = [sides.summaries[scan.name] for scan in [*sides.real.reference, *sides.real.others]]
     synthetic = [sides.summaries[scan.name] for scan in sides.synthetic]
     described = {
-        "histogram": (centres, "HU", "share of the body per 10 HU", "HU in the body: means, and the band that 80 % of scans lie in."),
-        "spectrum": (frequency, "cycles per voxel", "power, HU²", "Power spectrum of axial slices: the right end is the finest detail."),
+        "histogram": (
+            centres,
+            "HU",
+            "share of the body per 10 HU",
+            "HU in the body: means, and the band that 80 % of scans lie in.",
+        ),
+        "spectrum": (
+            frequency,
+            "cycles per voxel",
+            "power, HU²",
+            "Power spectrum of axial slices: the right end is the finest detail.",
+        ),
     }
     curves = {}
     for name, (x, x_label, y_label, caption) in described.items():
@@ -185,11 +202,15 @@ def _draw(
     for window, words in (("soft", "-160 to 240 HU"), ("full", "-1000 to 1000 HU")):
         path = out / f"real_beside_synthetic_{window}.png"
         pictures.real_beside_synthetic(real, made, path, window)
-        drawn.beside.append((pictures.data_uri(path), f"Three planes through the middle of the body, {words}, all at one scale."))
+        drawn.beside.append(
+            (pictures.data_uri(path), f"Three planes through the middle of the body, {words}, all at one scale.")
+        )
     if again:
         path = out / "reconstructions.png"
         pictures.reconstructions([(scan.name, volume, decoded) for scan, volume, decoded in again[:2]], path)
-        drawn.reconstructions.append((pictures.data_uri(path), "Real scans, what the model makes of them, and the difference."))
+        drawn.reconstructions.append(
+            (pictures.data_uri(path), "Real scans, what the model makes of them, and the difference.")
+        )
     _draw_pairs(sides, copies, out, drawn)
     drawn.quiz.extend(_quiz(sides))
     tell(1, 1, "drawing")
@@ -202,25 +223,34 @@ def _draw_pairs(sides: _Sides, copies: dict[str, Any], out: Path, drawn: page.Pi
     for pair in copies.get("pairs", []):
         shown.setdefault(pair["synthetic"], pair)
     groups = [
-        (f"{'COPY' if pair['copy'] else 'nearest'}, ratio {pair['ratio']:.2f} ({pair['space']})",
-         [(name, by_name[name].load()) for name in (pair["synthetic"], pair["training"])])  # fmt: skip
+        (
+            f"{'COPY' if pair['copy'] else 'nearest'}, ratio {pair['ratio']:.2f} ({pair['space']})",
+            [(name, by_name[name].load()) for name in (pair["synthetic"], pair["training"])],
+        )
         for pair in list(shown.values())[:MOST_PAIRS]
     ]
     if groups:
         path = out / "memorization.png"
         pictures.side_by_side(groups, path, "soft")
-        caption = "The synthetic scans nearest to a training scan, each beside it. The ratio compares that distance with the next five patients'."
+        caption = (
+            "The synthetic scans nearest to a training scan, each beside it. The ratio compares that distance "
+            "with the next five patients'."
+        )
         drawn.pairs.append((pictures.data_uri(path), caption))
 
 
 def _quiz(sides: _Sides) -> list[tuple[str, bool]]:
     """Strips of as many scans of either side, all with one box, so that only the scans themselves differ."""
     count = min(MOST_QUIZ, len(sides.real.reference), len(sides.synthetic))
-    chosen = [(scan, False) for scan in sides.real.reference[:count]] + [(scan, True) for scan in sides.synthetic[-count:]]
+    chosen = [(scan, False) for scan in sides.real.reference[:count]] + [
+        (scan, True) for scan in sides.synthetic[-count:]
+    ]
     volumes = [(scan.load(), synthetic) for scan, synthetic in chosen]
     extents = np.array([pictures.body_box(volume).extent_mm for volume, _ in volumes])
     x, y, z = (float(v) for v in np.median(extents, axis=0) * 1.05)
-    return [(pictures.data_uri(pictures.strip_png(volume, "soft", (x, y, z))), synthetic) for volume, synthetic in volumes]
+    return [
+        (pictures.data_uri(pictures.strip_png(volume, "soft", (x, y, z))), synthetic) for volume, synthetic in volumes
+    ]
 
 
 def _about_real(path: Path, real: Cohort) -> dict[str, Any]:
@@ -239,23 +269,25 @@ def _about_real(path: Path, real: Cohort) -> dict[str, Any]:
 def _standing_notes(sides: _Sides) -> list[str]:
     grid = sides.grid
     x, y, z = grid.spacing_mm
-    own = f"The two sides' voxel sizes disagree, so both were brought to {x:.2f} x {y:.2f} x {z:.2f} mm before texture was measured."
-    same = "Texture, noise and continuity were measured on each scan's own voxels: the two sides' median voxel sizes agree within 20 %."
+    own = (
+        f"The two sides' voxel sizes disagree, so both were brought to {x:.2f} x {y:.2f} x {z:.2f} mm "
+        "before texture was measured."
+    )
+    same = (
+        "Texture, noise and continuity were measured on each scan's own voxels: the two sides' median "
+        "voxel sizes agree within 20 %."
+    )
     box = " x ".join(f"{side:.0f}" for side in grid.box_mm)
     return [
         own if grid.resample_texture else same,
-        f"Layout, diversity and copies were measured in a box of {box} mm (x y z) around each body's middle, cut into the same cells for all scans.",
-        "Floors: random splits of the real patients into two disjoint sets of the sizes compared. Intervals: random halves of both sets.",
-        "The classifier and the diversity measure use all real patients; the others compare with the reference patients only.",
+        f"Layout, diversity and copies were measured in a box of {box} mm (x y z) around each body's "
+        "middle, cut into the same cells for all scans.",
+        "Floors: random splits of the real patients into two disjoint sets of the sizes compared. "
+        "Intervals: random halves of both sets.",
+        "The classifier and the diversity measure use all real patients; the others compare with the "
+        "reference patients only.",
     ]
 
 
 def _renamed(scan: Scan) -> Scan:
-    return Scan(f"synthetic {scan.name}", scan.patient, scan.split, scan.shape, scan.spacing_mm, scan.load, scan.digest)
-
-
-def _version() -> str:
-    try:
-        return version("ctvae")
-    except PackageNotFoundError:
-        return "unknown"
+    return replace(scan, name=f"synthetic {scan.name}")

@@ -1,9 +1,10 @@
 """Two feature spaces that need no download: texture (what the voxels are like) and layout (where they are).
 
-Texture is radiomics-like, 65 numbers per scan, named by TEXTURE_NAMES after the first call: first-order statistics of HU in
-the body (Zwanenburg et al. 2020, section 3.3), tissue fractions in the lower, middle and upper third, differences and
-correlations between neighbours at several scales, the shape of the body. Layout is the 56 lowest 3D cosine coefficients of
-the scan around the body's middle. Neither is learned, so neither can have been fitted to one side.
+Texture is radiomics-like, 65 numbers per scan, named by TEXTURE_NAMES after the first call: first-order statistics of
+HU in the body (Zwanenburg et al. 2020, section 3.3), tissue fractions in the lower, middle and upper third,
+differences and correlations between neighbours at several scales, the shape of the body. Layout is the 56 lowest 3D
+cosine coefficients of the scan around the body's middle. Neither is learned, so neither can have been fitted to one
+side.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ def texture(hu: Array, body: Mask, spacing_mm: Triple) -> dict[str, float]:
     """The named texture features of a scan [D H W] with its body mask; every value is finite."""
     x, m = _around_body(np.clip(hu, *FULL_HU).astype(np.float32), body)
     offset = _offset_mm(body, spacing_mm)
-    named = {**_first_order(x[m]), **_tissue_by_third(x, m), **_neighbours(np.clip(x, *SOFT_HU), m), **_shape(m, spacing_mm)}
+    named = {
+        **_first_order(x[m]),
+        **_tissue_by_third(x, m),
+        **_neighbours(np.clip(x, *SOFT_HU), m),
+        **_shape(m, spacing_mm),
+    }
     return {name: float(value) if np.isfinite(value) else 0.0 for name, value in {**named, **offset}.items()}
 
 
@@ -100,7 +106,9 @@ def _neighbours(x: Array, m: Mask) -> dict[str, float]:
             named[f"step_{AXES[axis]}{lag}"] = np.abs(a - b).mean()
             named[f"correlation_{AXES[axis]}{lag}"] = (a * b).mean() / variance
     smooth = [x, *(ndimage.gaussian_filter(x, sigma, truncate=3) for sigma in (1, 2, 4))]
-    for (name, fine), coarse in zip(zip(("fine", "middle", "broad"), smooth[:-1], strict=True), smooth[1:], strict=True):
+    for (name, fine), coarse in zip(
+        zip(("fine", "middle", "broad"), smooth[:-1], strict=True), smooth[1:], strict=True
+    ):
         named[f"band_{name}"] = (fine - coarse)[m].std()
     return {name: named.get(name, 0.0) for name in _NEIGHBOUR_NAMES}
 
@@ -113,12 +121,23 @@ def _shape(m: Mask, spacing_mm: Triple) -> dict[str, float]:
     x_mm, y_mm, z_mm = spacing_mm
     area = m.sum(axis=(1, 2)) * x_mm * y_mm / 100  # cm^2 per slice
     width, height = m.any(axis=(0, 1)).sum() * x_mm, m.any(axis=(0, 2)).sum() * y_mm
-    faces = np.abs(np.diff(m.astype(np.int8), axis=1)).sum() * x_mm + np.abs(np.diff(m.astype(np.int8), axis=2)).sum() * y_mm
+    faces = (
+        np.abs(np.diff(m.astype(np.int8), axis=1)).sum() * x_mm
+        + np.abs(np.diff(m.astype(np.int8), axis=2)).sum() * y_mm
+    )
     litres = area.sum() * z_mm / 1e4
-    named = {"body_litres": litres, "body_width_mm": width, "body_height_mm": height, "scan_length_mm": len(area) * z_mm}
+    named = {
+        "body_litres": litres,
+        "body_width_mm": width,
+        "body_height_mm": height,
+        "scan_length_mm": len(area) * z_mm,
+    }
     named["outline_per_area"] = faces / 10 / max(area.sum(), 1e-6)
     named["area_step"] = np.abs(np.diff(area)).sum() / max(area.sum(), 1e-6)
-    return {**named, **{f"area_{third}": a.mean() for third, a in zip(("low", "mid", "high"), _thirds(area), strict=True)}}
+    return {
+        **named,
+        **{f"area_{third}": a.mean() for third, a in zip(("low", "mid", "high"), _thirds(area), strict=True)},
+    }
 
 
 def _offset_mm(body: Mask, spacing_mm: Triple) -> dict[str, float]:

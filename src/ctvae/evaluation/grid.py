@@ -30,7 +30,8 @@ class Grid:
     def over(cls, real: list[tuple[tuple[int, ...], Triple]], synthetic: list[tuple[tuple[int, ...], Triple]]) -> Grid:
         """The grid for two sides given as (shape D H W, spacing x y z).
 
-        In plane the box is the real scans' median; along the body their 10th percentile, so that few of them are padded.
+        In plane the box is the real scans' median; along the body their 10th percentile, so that few of them are
+        padded.
         """
         extents = np.array([[size * step for size, step in zip(shape[::-1], mm, strict=True)] for shape, mm in real])
         ours = np.median([mm for _, mm in real], axis=0)

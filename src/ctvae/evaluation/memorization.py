@@ -1,10 +1,10 @@
 """Are there copies of training scans among the synthetic ones?
 
-Each synthetic scan is compared with every training patient, and so is each held-out scan, which cannot be a copy: what the
-held-out ones show is what closeness means by chance. Two spaces: voxels (16 x 32 x 32 cells around the body's middle, root
-mean square HU, mirrored scans included) and texture (standardised features). Two numbers per scan: the distance d1 to its
-nearest training patient, and the ratio of d1 to the mean distance of the next five (after Carlini et al. 2023), which a
-blurred scan, near to everyone, cannot make small but a copy does.
+Each synthetic scan is compared with every training patient, and so is each held-out scan, which cannot be a copy:
+what the held-out ones show is what closeness means by chance. Two spaces: voxels (12 x 24 x 24 cells around the
+body's middle, root mean square HU, mirrored scans included) and texture (standardised features). Two numbers per
+scan: the distance d1 to its nearest training patient, and the ratio of d1 to the mean distance of the next five
+(after Carlini et al. 2023), which a blurred scan, near to everyone, cannot make small but a copy does.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ NEXT = 5
 CLOSEST_SHARE = 0.01
 COPY_RATIO = 0.5  # a copy's ratio is below half of the smallest that any held-out scan has
 SIGNIFICANT = 0.01
-NEED = {"training": NEXT + 2, "held_out": 5}  # patients; scans
+NEED_PATIENTS = NEXT + 2  # of training
+NEED_HELD_OUT = 5  # scans; with fewer, training patients calibrate each other
 MOST_PAIRS = 6  # per space
 Array = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
 class Closeness:
-    """For each of n scans: its nearest training scan, how far that is, and that over the mean of the next five patients."""
+    """For each of n scans: its nearest training scan, how far that is, and that over the mean of the next five
+    patients."""
 
     nearest: NDArray[np.integer]  # [n]
     distance: Array  # [n]
@@ -44,10 +46,11 @@ class Closeness:
 def judge_scans(
     synthetic: Sequence[Summary], held_out: Sequence[Summary], training: Sequence[Summary], patients: Sequence[str]
 ) -> dict[str, Any]:
-    """The verdict from summaries; `patients` names the patient of each training scan. Indices are into the arguments."""
+    """The verdict from summaries; `patients` names the patient of each training scan. Indices are the arguments'."""
     have = {"synthetic": len(synthetic), "training": len(set(patients)), "held_out": len(held_out)}
-    if not synthetic or have["training"] < NEED["training"] or 0 < len(held_out) < NEED["held_out"]:
-        return {"status": "not enough", "need": NEED, "have": have}
+    if not synthetic or have["training"] < NEED_PATIENTS:
+        return {"status": "not enough", "need": {"training": NEED_PATIENTS}, "have": have}
+    held_out = held_out if len(held_out) >= NEED_HELD_OUT else []
     known = np.stack([scan.texture for scan in training])
     sides = [_embedded(side, known) for side in (synthetic, held_out, training)]
     sides[2] = {  # each training scan as it is and mirrored
@@ -84,7 +87,7 @@ def judge(
         copies, close = copies | is_copy, close | (nearer & (ours.ratio < smallest))
         spaces[name] = _space(ours, chance, limit, smallest, nearer, is_copy)
         pairs += _pairs(name, ours, smallest, is_copy)
-    expected = min(1.0, len(synthetic) * max(CLOSEST_SHARE, 1 / (1 + (others or len(patients)))))
+    expected = min(1.0, len(synthetic) * max(CLOSEST_SHARE, 1 / (1 + (others or len(set(patients))))))
     p_value = float(binom.sf(close.sum() - 1, count, expected))
     return {
         "status": "ok",
@@ -105,7 +108,7 @@ def voxels(cells: NDArray[np.int16]) -> Array:
 
 
 def closeness(x: Array, training: Array, patients: Sequence[str], own: Sequence[str] | None = None) -> Closeness:
-    """How close scans x [n F] are to training scans [m F]; `own` names the patient of each x, left out of its search."""
+    """How close scans x [n F] are to training scans [m F]; each x is not compared with its `own` patient, if given."""
     distance = cdist(x, training)  # [n m]
     if own is not None:
         distance[np.equal.outer(np.asarray(own), np.asarray(patients))] = np.inf
@@ -155,7 +158,12 @@ def _pairs(space: str, ours: Closeness, smallest: float, copy: NDArray[np.bool_]
 
 
 def _space(
-    ours: Closeness, chance: Closeness, limit: float, smallest: float, nearer: NDArray[np.bool_], copy: NDArray[np.bool_]
+    ours: Closeness,
+    chance: Closeness,
+    limit: float,
+    smallest: float,
+    nearer: NDArray[np.bool_],
+    copy: NDArray[np.bool_],
 ) -> dict[str, Any]:
     return {
         "median_distance": float(np.median(ours.distance)),

@@ -95,9 +95,16 @@ def _row(entry: dict[str, Any]) -> str:
     head = f"<td>{escape(entry['title'])}<small>{escape(entry['meaning'])}</small></td>"
     if entry["status"] != "ok":
         have = min(entry["have"].values())
-        return f'<tr>{head}<td class="soft" colspan="4">Not enough scans: needs {entry["need"]} on every side, has {have}.</td></tr>'
+        return (
+            f'<tr>{head}<td class="soft" colspan="4">Not enough scans: needs {entry["need"]} on every side, has '
+            f"{have}.</td></tr>"
+        )
     interval = entry["interval"]
-    between = f"<small>{number(interval[0])} to {number(interval[1])}</small>" if interval else "<small>interval needs more scans</small>"
+    between = (
+        f"<small>{number(interval[0])} to {number(interval[1])}</small>"
+        if interval
+        else "<small>interval needs more scans</small>"
+    )
     within = entry["within_floor"]
     mark = "as real" if within else f"outside, {_times(entry['floor_widths'])}"
     return (
@@ -108,7 +115,8 @@ def _row(entry: dict[str, Any]) -> str:
 
 
 def _times(widths: float) -> str:
-    return f"{widths:.1f}×" if widths < 10 else f"{widths:.0f}×" if widths < 1000 else "over 1000×"
+    text = f"{widths:.1f}" if widths < 10 else f"{widths:.0f}" if widths < 1000 else "over 1000"
+    return text + "\N{MULTIPLICATION SIGN}"
 
 
 def _charts(curves: dict[str, Any]) -> str:
@@ -128,15 +136,19 @@ def _reconstruction(section: dict[str, Any], pictures: Sequence[tuple[str, str]]
         return ""
     rows = []
     for key, (title, of) in FIGURES.items():
-        cells = "".join(f'<td class="number">{_figure(section["windows"][window].get(key), of)}</td>' for window in WINDOW_NAMES)
+        cells = "".join(
+            f'<td class="number">{_figure(section["windows"][window].get(key), of)}</td>' for window in WINDOW_NAMES
+        )
         rows.append(f"<tr><td>{escape(title)}</td>{cells}</tr>")
     heads = "".join(f'<th class="number">{escape(name)}</th>' for name in WINDOW_NAMES.values())
     return (
-        f"<h2>Reconstruction</h2><p>{section['scans']} real scans of the {escape(section['split'])} split, encoded and decoded by the model. "
-        "Both sides are clipped to the window; the data range of PSNR and SSIM is its width. Intervals are over patients. "
+        f"<h2>Reconstruction</h2><p>{section['scans']} real scans of the {escape(section['split'])} split, "
+        "encoded and decoded by the model. "
+        "Both sides are clipped to the window; the data range of PSNR and SSIM is its width. Intervals are "
+        "over patients. "
         f"MS-SSIM uses {section['ms_ssim_scales']} scales, as many as fit.</p>"
-        f'<div class="scroll"><table><thead><tr><th>Figure</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-        + _figures(pictures)
+        f'<div class="scroll"><table><thead><tr><th>Figure</th>{heads}</tr></thead><tbody>'
+        f"{''.join(rows)}</tbody></table></div>" + _figures(pictures)
     )
 
 
@@ -152,18 +164,29 @@ def _memorization(section: dict[str, Any], pictures: Sequence[tuple[str, str]]) 
     head = "<h2>Copies of training scans</h2>"
     if section["status"] != "ok":
         need = section["need"]
-        return f"{head}<p>Not enough scans to look for copies: needs {need['training']} training and {need['held_out']} held-out patients.</p>"
+        return f"{head}<p>Not enough scans to look for copies: needs {need['training']} training patients.</p>"
     words = {
-        "copies": f"{len(section['copies'])} synthetic scans are copies: far nearer to one training patient than to all others.",
-        "nearer than chance": "No outright copy, but more synthetic scans than chance allows lie nearer to a training patient than held-out ones do.",
-        "none found": "No copy was found: the synthetic scans lie no nearer to training patients than real scans of other patients do.",
+        "copies": (
+            f"Copies among the synthetic scans: {len(section['copies'])}. A copy is far nearer to one training "
+            "patient than to all others."
+        ),
+        "nearer than chance": (
+            "No outright copy, but more synthetic scans than chance allows lie nearer to a training patient "
+            "than held-out ones do."
+        ),
+        "none found": (
+            "No copy was found: the synthetic scans lie no nearer to training patients than real scans of "
+            "other patients do."
+        ),
     }
     rows = "".join(_space_row(name, space) for name, space in section["spaces"].items())
     return (
-        f"{head}<p>{escape(words[section['verdict']])} Compared with {section['scans']['training']} training scans, mirrored ones included; "
+        f"{head}<p>{escape(words[section['verdict']])} Compared with {section['scans']['training']} "
+        "training scans, mirrored ones included; "
         f"what is near by chance is taken from {escape(section['calibration'])}.</p>"
         '<div class="scroll"><table><thead><tr><th>Space</th><th class="number">Median distance to nearest</th>'
-        '<th class="number">Nearer than the closest 1 % of real</th><th class="number">Smallest ratio to the next five</th>'
+        '<th class="number">Nearer than the closest 1 % of real</th><th class="number">Smallest ratio to '
+        "the next five</th>"
         f'<th class="number">Copies</th></tr></thead><tbody>{rows}</tbody></table></div>' + _figures(pictures)
     )
 
@@ -173,14 +196,19 @@ def _space_row(name: str, space: dict[str, Any]) -> str:
     low, high = space["share_nearer_interval"]
     return (
         f'<tr><td>{escape(name)}</td><td class="number">{number(space["median_distance"])}{of}'
-        f'<small>real {number(space["median_distance_held_out"])}{of}</small></td>'
-        f'<td class="number">{100 * space["share_nearer"]:.0f} %<small>{100 * low:.0f} to {100 * high:.0f} %</small></td>'
-        f'<td class="number">{number(space["smallest_ratio"])}<small>real {number(space["smallest_ratio_held_out"])}</small></td>'
+        f"<small>real {number(space['median_distance_held_out'])}{of}</small></td>"
+        f'<td class="number">{100 * space["share_nearer"]:.0f} %<small>{100 * low:.0f} to {100 * high:.0f} '
+        "%</small></td>"
+        f'<td class="number">{number(space["smallest_ratio"])}<small>real '
+        f"{number(space['smallest_ratio_held_out'])}</small></td>"
         f'<td class="number">{space["copies"]}</td></tr>'
     )
 
 
 def _quiz(pictures: Sequence[tuple[str, bool]]) -> str:
     """The quiz's cases; the answer is a number's remainder, so that a glance at the source gives nothing away."""
-    cases = [{"i": uri, "k": 7 * (13 + 5 * index) + (3 if synthetic else 5)} for index, (uri, synthetic) in enumerate(pictures)]
+    cases = [
+        {"i": uri, "k": 7 * (13 + 5 * index) + (3 if synthetic else 5)}
+        for index, (uri, synthetic) in enumerate(pictures)
+    ]
     return json.dumps(cases)

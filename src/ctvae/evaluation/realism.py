@@ -1,11 +1,11 @@
 """Synthetic scans against real ones: every measure with its real-against-real floor and its interval.
 
-A measure is a function of two sets of scans. Its value takes the synthetic set and the real reference. Its floor is what
-the same function gives when real scans of other patients stand in for the synthetic ones: many random splits of the real
-patients into two disjoint sets of the same two sizes. Sizes matter: most of these measures shrink as sets grow, so a value
-says little without the floor at its own size. The interval repeats the measure on random halves of both sets (balanced
-half-sampling, McCarthy 1969: the bootstrap's variance, without the duplicated scans that upset nearest-neighbour measures),
-centred on the value.
+A measure is a function of two sets of scans. Its value takes the synthetic set and the real reference. Its floor is
+what the same function gives when real scans of other patients stand in for the synthetic ones: many random splits of
+the real patients into two disjoint sets of the same two sizes. Sizes matter: most of these measures shrink as sets
+grow, so a value says little without the floor at its own size. The interval repeats the measure on random halves of
+both sets (balanced half-sampling, McCarthy 1969: the bootstrap's variance, without the duplicated scans that upset
+nearest-neighbour measures), centred on the value.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ HALVES = 100
 CLASSIFIER_SPLITS = 40
 INTERVAL = (0.025, 0.975)
 DIVERSITY_SCANS = 20
+TIMES_REAL = "\N{MULTIPLICATION SIGN} real"
 Indices = NDArray[np.integer]
 Direction = Literal["lower", "higher", "target"]
 Array = NDArray[np.floating]
@@ -65,7 +66,9 @@ def measures(scans: Sequence[Summary], sides: Sides, patients: Sequence[str], se
     yield from _grain(scans)
     for space, name in (("texture", "texture features"), ("layout", "layout features")):
         vectors = np.stack([getattr(scan, space) for scan in scans])
-        yield from _distribution(space, name, distances.standardise(vectors, vectors[sides.real]), np.array(patients), seed)
+        yield from _distribution(
+            space, name, distances.standardise(vectors, vectors[sides.real]), np.array(patients), seed
+        )
     yield from _diversity(scans, sides, seed)
 
 
@@ -160,18 +163,19 @@ def _grain(scans: Sequence[Summary]) -> Iterator[Measure]:
     noise_hu = np.array([float(scan.noise_hu) for scan in scans])
     has_noise = np.isfinite(noise_hu)
     yield Measure(
-        "slice_continuity", "Slice-to-slice change", "× real", "target", 3,
+        "slice_continuity", "Slice-to-slice change", TIMES_REAL, "target", 3,
         "Mean |difference| of neighbouring slices over that of real scans: above 1 the slices do not fit together, "
         "below 1 they are too alike.",
         lambda a, b: float(step[a].mean() / max(step[b].mean(), 1e-9)),
     )  # fmt: skip
     yield Measure(
         "power_spectrum", "Power spectrum of slices", "dB", "lower", 3,
-        "Root mean square difference of the two mean spectra over spatial frequencies: blur and invented detail both count.",
+        "Root mean square difference of the two mean spectra over spatial frequencies: blur and invented "
+        "detail both count.",
         lambda a, b: decibels_apart(spectrum[a], spectrum[b]), bounds=(0.0, np.inf),
     )  # fmt: skip
     yield Measure(
-        "noise", "Noise in soft tissue", "× real", "target", 3,
+        "noise", "Noise in soft tissue", TIMES_REAL, "target", 3,
         "Standard deviation in small homogeneous patches of soft tissue, over that of real scans.",
         lambda a, b: float(noise_hu[a].mean() / max(noise_hu[b].mean(), 1e-9)), usable=has_noise,
     )  # fmt: skip
@@ -212,7 +216,8 @@ def _distribution(space: str, name: str, z: Array, patients: NDArray, seed: int)
         )  # fmt: skip
     yield Measure(
         f"classifier_{space}", f"Classifier AUC, {name}", "AUC", "lower", 10,
-        "How well a simple classifier tells synthetic from real scans of patients it has not seen: 0.5 is guessing, 1 is always.",
+        "How well a simple classifier tells synthetic from real scans of patients it has not seen: 0.5 is "
+        "guessing, 1 is always.",
         lambda a, b: distances.classifier_auc(z[a], z[b], patients[np.concatenate([a, b])], seed),
         repeats=CLASSIFIER_SPLITS, all_real=True, bounds=(0.0, 1.0),
     )  # fmt: skip
@@ -240,11 +245,13 @@ def _diversity(scans: Sequence[Summary], sides: Sides, seed: int) -> Iterator[Me
     scales = levels(scans[0].cells.shape)
     yield Measure(
         "diversity", "Likeness among samples", "MS-SSIM", "target", 4,
-        f"MS-SSIM ({scales} scales) of pairs of synthetic scans minus that of pairs of real ones: above 0 the samples are too alike.",
+        f"MS-SSIM ({scales} scales) of pairs of synthetic scans minus that of pairs of real ones: above 0 "
+        "the samples are too alike.",
         lambda a, b: float(to_others(a).mean() - to_others(b).mean()), usable=usable, all_real=True,
     )  # fmt: skip
     yield Measure(
         "diversity_nearest", "Likeness of nearest samples", "MS-SSIM", "target", 4,
         "The same for each scan's most similar companion only: far above 0 when a model repeats a few scans.",
-        lambda a, b: float(to_others(a).max(axis=1).mean() - to_others(b).max(axis=1).mean()), usable=usable, all_real=True,
+        lambda a, b: float(to_others(a).max(axis=1).mean() - to_others(b).max(axis=1).mean()),
+        usable=usable, all_real=True,
     )  # fmt: skip

@@ -20,9 +20,9 @@ Array = NDArray[np.floating]
 def compare(scan: Array, again: Array) -> dict[str, Any]:
     """Figures of one reconstruction `again` against its scan, both HU [D H W], by window.
 
-    Both are clipped to the window first, and the data range of PSNR and SSIM is its width. `mae_hu` is the mean |error| over
-    all voxels, `mae_body_hu` over the body, `mae_hu_by_tissue` over the body's voxels whose true HU is that tissue's.
-    None where a figure has no voxels or the volume is too small for it.
+    Both are clipped to the window first, and the data range of PSNR and SSIM is its width. `mae_hu` is the mean
+    |error| over all voxels, `mae_body_hu` over the body, `mae_hu_by_tissue` over the body's voxels whose true HU is
+    that tissue's. None where a figure has no voxels or the volume is too small for it.
     """
     body = body_mask(scan)
     figures = {}
@@ -41,7 +41,9 @@ def compare(scan: Array, again: Array) -> dict[str, Any]:
     return figures
 
 
-def summarise(figures: Sequence[dict[str, Any]], patients: Sequence[str], shape: tuple[int, ...], seed: int) -> dict[str, Any]:
+def summarise(
+    figures: Sequence[dict[str, Any]], patients: Sequence[str], shape: tuple[int, ...], seed: int
+) -> dict[str, Any]:
     """Means over scans with bootstrap intervals over patients, by window and figure."""
     rng = np.random.default_rng([seed, 5])
     windows: dict[str, Any] = {}

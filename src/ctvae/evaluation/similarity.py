@@ -60,7 +60,8 @@ def halve(x: Array) -> Array:
 
 
 def _ssim_and_contrast(a: Array, b: Array, data_range: float) -> tuple[float, float]:
-    assert a.shape == b.shape and min(a.shape) > 2 * RADIUS, f"SSIM needs equal shapes of 11 or more: {a.shape}, {b.shape}"
+    assert a.shape == b.shape, f"two shapes: {a.shape}, {b.shape}"
+    assert min(a.shape) > 2 * RADIUS, f"too small for SSIM's window: {a.shape}"
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     a, b = a.astype(np.float32), b.astype(np.float32)
     shift = np.float32(a.mean())  # variances do not feel it, float32 does

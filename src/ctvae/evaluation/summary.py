@@ -1,7 +1,7 @@
 """What one scan leaves behind: a few thousand numbers, from which every measure is taken.
 
-So a hundred scans fit in little memory, resampling over patients is cheap, and an interrupted evaluation goes on from the
-summaries it has written.
+So a hundred scans fit in little memory, resampling over patients is cheap, and an interrupted evaluation goes on from
+the summaries it has written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ctvae.volume import Volume
 
 VERSION = 1
 HISTOGRAM_EDGES_HU = np.arange(-1000, 1501, 10)
-CELLS = (32, 64, 64)
+CELLS = (24, 48, 48)
 PATCH = 8
 SPECTRUM_BINS = 32
 NOISE_BINS = 4
@@ -41,7 +41,7 @@ class Summary:
     spectrum: Array  # [SPECTRUM_BINS] radial power spectrum of axial slices, HU^2 per cycle^2 voxel^-2
     texture: Array  # [65]
     layout: Array  # [56]
-    cells: NDArray[np.int16]  # [32 64 64] the common box around the body's middle, HU
+    cells: NDArray[np.int16]  # [24 48 48] the common box around the body's middle, HU
 
 
 def summarise(volume: Volume, grid: Grid, cache: Path | None = None) -> Summary:
@@ -68,8 +68,8 @@ def digest(volume: Volume) -> str:
 def noise_power_spectrum(patches: Array, spacing_mm: tuple[float, float]) -> Array:
     """Two-dimensional noise power spectrum of patches [n p p], in HU^2 mm^2 on the frequencies of `np.fft.fft2`: [p p].
 
-    NPS(f) = (dx dy / p^2) <|FFT(patch - its mean)|^2> (Samei et al. 2019, AAPM TG-233). Summed over frequency, each cell
-    1 / (p dx) by 1 / (p dy), it gives the mean variance of the patches.
+    NPS(f) = (dx dy / p^2) <|FFT(patch - its mean)|^2> (Samei et al. 2019, AAPM TG-233). Summed over frequency, each
+    cell 1 / (p dx) by 1 / (p dy), it gives the mean variance of the patches.
     """
     size = patches.shape[-1]
     detrended = patches - patches.mean(axis=(1, 2), keepdims=True)
@@ -77,7 +77,8 @@ def noise_power_spectrum(patches: Array, spacing_mm: tuple[float, float]) -> Arr
 
 
 def power_spectrum(slices: Array) -> Array:
-    """Radially averaged power spectrum of slices [n H W] under a Hann window, 0 to 0.5 cycles per voxel: [SPECTRUM_BINS]."""
+    """Radially averaged power spectrum of slices [n H W] under a Hann window, 0 to 0.5 cycles per voxel:
+    [SPECTRUM_BINS]."""
     _, height, width = slices.shape
     hann = np.outer(np.hanning(height), np.hanning(width)).astype(np.float32)
     centred = slices - slices.mean(axis=(1, 2), keepdims=True)
@@ -86,7 +87,8 @@ def power_spectrum(slices: Array) -> Array:
 
 
 def radial_mean(power: Array, bins: int) -> Array:
-    """Mean of a 2D spectrum over rings of equal width from 0 to 0.5 cycles per voxel, zero frequency left out: [bins]."""
+    """Mean of a 2D spectrum over rings of equal width from 0 to 0.5 cycles per voxel, zero frequency left out:
+    [bins]."""
     f = np.hypot(np.fft.fftfreq(power.shape[0])[:, None], np.fft.fftfreq(power.shape[1])[None])
     ring = np.ceil(f * 2 * bins - 1e-9).astype(int) - 1  # (0, 1 / 2 bins] is ring 0
     inside = (ring >= 0) & (ring < bins)

@@ -9,11 +9,18 @@ TOLD_APART_AUC = 0.9
 FEW = 30  # scans on a side, below which the floors are wide
 
 
-def verdict(measures: list[dict[str, Any]], memorization: dict[str, Any], reconstruction: dict[str, Any]) -> dict[str, Any]:
+def verdict(
+    measures: list[dict[str, Any]], memorization: dict[str, Any], reconstruction: dict[str, Any]
+) -> dict[str, Any]:
     """headline, sentences and the counts they rest on."""
     judged = [entry for entry in measures if entry["status"] == "ok"]
     outside = sorted((e for e in judged if not e["within_floor"]), key=lambda e: -e["floor_widths"])
-    sentences = [_counts(judged, outside, len(measures)), _classifier(judged), _furthest(outside), _copies(memorization)]
+    sentences = [
+        _counts(judged, outside, len(measures)),
+        _classifier(judged),
+        _furthest(outside),
+        _copies(memorization),
+    ]
     sentences.append(_reconstruction(reconstruction))
     return {
         "headline": _headline(judged, outside, memorization),
@@ -63,7 +70,9 @@ def _classifier(judged: list[dict[str, Any]]) -> str:
 def _furthest(outside: list[dict[str, Any]]) -> str:
     if not outside:
         return ""
-    named = "; ".join(f"{e['title']} {number(e['value'])}{unit(e)} (real {floor_text(e)})" for e in outside[:MOST_NAMED])
+    named = "; ".join(
+        f"{e['title']} {number(e['value'])}{unit(e)} (real {floor_text(e)})" for e in outside[:MOST_NAMED]
+    )
     return f"Furthest off: {named}."
 
 
@@ -72,9 +81,11 @@ def _copies(memorization: dict[str, Any]) -> str:
         return "Too few scans to look for copies of training scans."
     count, total = len(memorization["copies"]), memorization["scans"]["synthetic"]
     if count:
-        return f"{count} of {total} synthetic scans {'is a copy of a training scan' if count == 1 else 'are copies of training scans'}."
+        words = "is a copy of a training scan" if count == 1 else "are copies of training scans"
+        return f"{count} of {total} synthetic scans {words}."
     if memorization["verdict"] == "nearer than chance":
-        return f"{len(memorization['close'])} of {total} synthetic scans are nearer to a training scan than held-out scans come."
+        close = len(memorization["close"])
+        return f"{close} of {total} synthetic scans are nearer to a training scan than held-out scans come."
     return f"No copy of a training scan was found among {total}."
 
 
@@ -91,7 +102,7 @@ def _reconstruction(reconstruction: dict[str, Any]) -> str:
 def number(value: float) -> str:
     """Three significant digits, without an exponent where people would not write one."""
     text = f"{value:.3g}"
-    return (f"{value:.0f}" if "e" in text and abs(value) >= 1 else text).replace("-", "−")
+    return (f"{value:.0f}" if "e" in text and abs(value) >= 1 else text).replace("-", "\N{MINUS SIGN}")
 
 
 def unit(entry: dict[str, Any]) -> str:

@@ -9,6 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FEWEST_SLICES_BF16 = 4  # on a CPU
+
+
+class Conv(nn.Conv3d):
+    """A convolution, in float32 where a grid on a CPU is two slices deep.
+
+    There oneDNN's bf16 gradient of a 3x3x3 kernel is wrong, up to infinite (torch 2.13, docs/log.md).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # [B C D H W]
+        if x.device.type != "cpu" or x.shape[2] >= FEWEST_SLICES_BF16:
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
 
 class ChannelNorm(nn.Module):
     """Root-mean-square normalisation over the channels of each voxel (Zhang and Sennrich 2019).
@@ -30,9 +45,10 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = ChannelNorm(channels)
-        self.conv1 = nn.Conv3d(channels, channels, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv3d(channels, channels, kernel_size=3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
+        self.conv1 = Conv(channels, channels, kernel_size=3, padding=1)
+        self.conv2 = Conv(channels, channels, kernel_size=3, padding=1)
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:  # [B C D H W]
         return x + self.conv2(F.silu(self.conv1(self.norm(x))))

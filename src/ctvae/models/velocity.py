@@ -9,16 +9,15 @@ a shift and a gate on each block (Peebles and Xie 2023).
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctvae.models.blocks import ChannelNorm
+from ctvae.models.blocks import ChannelNorm, Conv
 
 EMBEDDING = 256
-FEWEST_SLICES_BF16 = 4  # on a CPU: oneDNN's bf16 weight gradient of a grid two slices deep is wrong (torch 2.13, docs/log.md)
 
 
 class Embedding(nn.Module):
@@ -43,8 +42,8 @@ class Block(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = ChannelNorm(channels)
-        self.conv1 = nn.Conv3d(channels, channels, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv3d(channels, channels, kernel_size=3, padding=1)
+        self.conv1 = Conv(channels, channels, kernel_size=3, padding=1)
+        self.conv2 = Conv(channels, channels, kernel_size=3, padding=1)
         self.modulation = nn.Linear(EMBEDDING, 3 * channels)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
@@ -83,13 +82,9 @@ class Level(nn.Module):
         self.attention = Attention(channels) if attend else None
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        small = x.device.type == "cpu" and x.shape[2] < FEWEST_SLICES_BF16
-        if small:
-            x, e = x.float(), e.float()
-        with torch.autocast("cpu", enabled=False) if small else nullcontext():
-            for block in self.blocks:
-                x = block(x, e)
-            return x if self.attention is None else self.attention(x)
+        for block in self.blocks:
+            x = block(x, e)
+        return x if self.attention is None else self.attention(x)
 
 
 class UNet(nn.Module):
@@ -98,16 +93,17 @@ class UNet(nn.Module):
     def __init__(self, channels: int, conditions: int, widths: tuple[int, ...], blocks: int):
         super().__init__()
         self.embedding = Embedding(conditions)
-        self.entry = nn.Conv3d(channels + 3, widths[0], kernel_size=3, padding=1)
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.entry = Conv(channels + 3, widths[0], kernel_size=3, padding=1)
+        pairs = list(pairwise(widths))
         attends = [level > 0 for level in range(len(widths))]
         self.down = nn.ModuleList(Level(w, blocks, a) for w, a in zip(widths, attends, strict=True))
         self.widen = nn.ModuleList(nn.Conv3d(fine, coarse, kernel_size=1) for fine, coarse in pairs)
         self.merge = nn.ModuleList(nn.Conv3d(fine + coarse, fine, kernel_size=1) for fine, coarse in pairs)
         self.up = nn.ModuleList(Level(w, blocks, a) for w, a in zip(widths[:-1], attends[:-1], strict=True))
         self.norm = ChannelNorm(widths[0])
-        self.out = nn.Conv3d(widths[0], channels, kernel_size=3, padding=1)
-        nn.init.zeros_(self.out.weight)
+        self.out = Conv(widths[0], channels, kernel_size=3, padding=1)
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B C d h w], [B], [B K]
         e = self.embedding(t, c)
@@ -124,16 +120,17 @@ class UNet(nn.Module):
 
 
 class DetailNet(nn.Module):
-    """Velocity of the detail bands given the coarse latents: convolutions only, so it is trained on crops and runs on any size."""
+    """Velocity of the detail bands given the coarse latents: convolutions only, so it runs on any size."""
 
     def __init__(self, channels: int, given: int, conditions: int, width: int, blocks: int):
         super().__init__()
         self.embedding = Embedding(conditions)
-        self.entry = nn.Conv3d(channels + given, width, kernel_size=3, padding=1)
+        self.entry = Conv(channels + given, width, kernel_size=3, padding=1)
         self.level = Level(width, blocks, attend=False)
         self.norm = ChannelNorm(width)
-        self.out = nn.Conv3d(width, channels, kernel_size=3, padding=1)
-        nn.init.zeros_(self.out.weight)
+        self.out = Conv(width, channels, kernel_size=3, padding=1)
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor, coarse: Tensor) -> Tensor:  # [B C d h w], [B], [B K], [B G d h w]
         x = self.level(self.entry(torch.cat((x, coarse), dim=1)), self.embedding(t, c))
@@ -147,10 +144,14 @@ class VectorNet(nn.Module):
         super().__init__()
         self.embedding = Embedding(conditions)
         self.entry = nn.Linear(size, width)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.RMSNorm(2 * width), nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.RMSNorm(2 * width), nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(blocks)
+        )
         self.told = nn.Linear(EMBEDDING, width)
         self.out = nn.Linear(width, size)
-        nn.init.zeros_(self.out.weight)
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B C], [B], [B K]
         e = self.told(F.silu(self.embedding(t, c)))

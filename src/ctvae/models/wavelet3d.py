@@ -19,8 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ctvae import haar
 from ctvae.config import Size3, Wavelet3D
-from ctvae.models.blocks import ResBlock
-
+from ctvae.models.blocks import Conv, ResBlock
 
 INITIAL_LOGVAR = -6.0  # posteriors begin narrow: with sigma near 1 the first steps would learn from noise
 
@@ -34,7 +33,7 @@ class Encoder(nn.Module):
         c_in, entries, levels = 1, [], []
         for level, (stride, width, blocks) in enumerate(zip(cfg.strides, cfg.widths, cfg.blocks, strict=True)):
             size = 3 if level == 0 else 1
-            entries.append(nn.Conv3d(c_in * haar.bands(stride), width, size, padding=size // 2))
+            entries.append(Conv(c_in * haar.bands(stride), width, size, padding=size // 2))
             levels.append(nn.ModuleList(ResBlock(width) for _ in range(blocks)))
             c_in = width
         self.entries = nn.ModuleList(entries)
@@ -58,12 +57,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.strides = cfg.strides[::-1]
         widths, blocks = cfg.widths[::-1], cfg.blocks[::-1]
-        self.entry = nn.Conv3d(cfg.latent_channels, widths[0], kernel_size=3, padding=1)
+        self.entry = Conv(cfg.latent_channels, widths[0], kernel_size=3, padding=1)
         self.levels = nn.ModuleList(nn.ModuleList(ResBlock(w) for _ in range(n)) for w, n in zip(widths, blocks, strict=True))
         exits = []
         for width, finer, stride in zip(widths, (*widths[1:], 1), self.strides, strict=True):
             last = finer == 1 and len(exits) == len(widths) - 1
-            exits.append(nn.Conv3d(width, finer * haar.bands(stride), 3 if last else 1, padding=1 if last else 0))
+            exits.append(Conv(width, finer * haar.bands(stride), 3 if last else 1, padding=1 if last else 0))
         self.exits = nn.ModuleList(exits)
 
     def forward(self, z: Tensor) -> Tensor:  # [B Z d h w]

@@ -42,10 +42,8 @@ class Objective(nn.Module):
 
     def _reconstruction(self, y: Tensor, x: Tensor) -> dict[str, Tensor]:
         cfg = self.cfg
-        if cfg.reconstruction == "mse_sum":
-            loss = (y - x).square().flatten(1).sum(1).mean()
-        else:
-            loss = (y - x).abs().mean()
+        error = y - x
+        loss = error.square().flatten(1).sum(1).mean() if cfg.reconstruction == "mse_sum" else error.abs().mean()
         terms = {"reconstruction": cfg.reconstruction_weight * loss}
         if cfg.gradient_weight:
             terms["gradient"] = cfg.gradient_weight * losses.gradient_l1(y, x)
@@ -62,7 +60,7 @@ class Objective(nn.Module):
 def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validation: TrainingGroups) -> None:
     """Fit the autoencoder; resumes from `run`. Writes run/autoencoder.safetensors (averaged weights) at the end.
 
-    Raises TrainingDiverged when the loss is not finite; the last good checkpoint is then named.
+    Raises TrainingDiverged when the loss is not finite.
     """
     settings = cfg.autoencoder
     fabric = make_fabric(settings.precision)
@@ -79,7 +77,7 @@ def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validatio
     curve = Curve(run, "autoencoder", start)
     objective, fabric_optimizer = fabric.setup(Objective(network, settings, cfg.data.window_hu), optimizer)
     window: dict[str, Tensor] = {}
-    step, logged = start, start
+    step, logged, held_out = start, start, math.nan
 
     with Progress("autoencoder", total=settings.steps) as bar:
         while True:
@@ -91,12 +89,17 @@ def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validatio
                 means = {name: (value / (step - logged)).item() for name, value in window.items()}
                 total = sum(means.values())
                 if not math.isfinite(total):
-                    raise TrainingDiverged(f"loss is {total} by step {step}; lower autoencoder.lr and run again from {run.folder}")
-                curve.log(step, {"loss": total, **means, "lr": optimizer.param_groups[0]["lr"]})
+                    raise TrainingDiverged(
+                        f"{run.folder}: loss is {total} by step {step}; train again with another --out and "
+                        f"--set autoencoder.lr={settings.lr / 3:.2g}"
+                    )
+                curve.log(step, {"loss": total, **means, "lr": optimizer.param_groups[0]["lr"], "held_out_psnr_db": held_out})
                 bar.update(step, loss=total, seconds_left=clock.seconds_left(step, start))
                 window, logged = {}, step
             if step > start and (last or step % settings.save_every == 0):
                 checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds})
+                with ema.applied_to(network):
+                    held_out = validate(network, validation, run, cfg)
             if last:
                 break
 
@@ -115,7 +118,7 @@ def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validatio
 
     curve.close()
     network.load_state_dict(ema.weights)
-    figures = validate(network.eval(), validation, run, cfg)
+    figures = {"validation_psnr_db": round(held_out, 3)} if math.isfinite(held_out) else {}
     save_autoencoder(run, cfg, network, training.shape, {"steps": step, "seconds": clock.seconds, **figures})
     run.finish_stage("autoencoder", steps=step, seconds=round(clock.seconds), **figures)
     checkpoints.clear()
@@ -127,14 +130,17 @@ def save_autoencoder(run: Run, cfg: Config, network: nn.Module, shape: Size3, fi
 
 
 @torch.no_grad()
-def validate(network: nn.Module, groups: TrainingGroups, run: Run, cfg: Config) -> dict[str, float]:
-    """PSNR in dB over -1..1 on a few held-out groups, and a picture of them beside their reconstructions."""
+def validate(network: nn.Module, groups: TrainingGroups, run: Run, cfg: Config) -> float:
+    """Mean PSNR in dB over -1..1 of a few held-out groups, pictured beside their reconstructions; NaN without any."""
     rows, psnrs = [], []
+    device = next(network.parameters()).device
     for index in range(min(VALIDATION_GROUPS, len(groups))):
         x = groups.plain(index)[None]
-        y = network.decode(network.encode(x)[0]).clamp(-1, 1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.autoencoder.precision == "bf16"):
+            y = network.decode(network.encode(x.to(device))[0]).float().cpu().clamp(-1, 1)
         psnrs.append(10 * math.log10(4.0 / max(1e-12, (y - x).square().mean().item())))
         rows += [("held out", groups.as_volume(index, x[0, 0])), ("reconstructed", groups.as_volume(index, y[0, 0]))]
-    if rows:
-        pictures.preview(rows, run.folder / "previews" / "autoencoder.png", cfg.data.window_hu)
-    return {"validation_psnr_db": round(sum(psnrs) / len(psnrs), 3)} if psnrs else {}
+    if not rows:
+        return math.nan
+    pictures.preview(rows, run.folder / "previews" / "autoencoder.png", cfg.data.window_hu)
+    return sum(psnrs) / len(psnrs)

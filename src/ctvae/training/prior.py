@@ -26,6 +26,7 @@ from ctvae.runlog import Clock, Curve, Run
 from ctvae.training.groups import CONDITIONS, TrainingGroups, conditions
 from ctvae.training.optimizer import build_optimizer
 
+HELD_OUT_BATCHES = 4
 COARSE_NOISE = 0.1  # standard deviations added to the coarse latents that the detail flow is given, so that it forgives
 
 
@@ -171,7 +172,10 @@ def train_flow(run: Run, cfg: Config, name: str, network: nn.Module, data: Data,
             if step > logged and (last or step % settings.log_every == 0):
                 mean = (window / (step - logged)).item()
                 if not math.isfinite(mean):
-                    raise TrainingDiverged(f"loss is {mean} by step {step}; lower prior.lr and run again from {run.folder}")
+                    raise TrainingDiverged(
+                        f"{run.folder}: {name} loss is {mean} by step {step}; train again with another --out and "
+                        f"--set prior.lr={settings.lr / 3:.2g}"
+                    )
                 curve.log(step, {"loss": mean, "held_out": held_out, "lr": optimizer.param_groups[0]["lr"]})
                 bar.update(step, loss=mean, seconds_left=clock.seconds_left(step, start))
                 window.zero_()
@@ -208,16 +212,13 @@ def held_out_loss(network: nn.Module, ema: EMA, data: Data) -> float:
     """Loss of the averaged weights on held-out groups, always with the same noise and times; NaN without any."""
     if data.held_out is None:
         return math.nan
-    current = {key: value.clone() for key, value in network.state_dict().items()}
-    network.load_state_dict(ema.weights)
     device = next(network.parameters()).device
     total = 0.0
-    for step in range(4):
-        batch = to_device(data.batches(data.held_out, step), device)
-        with torch.autocast(device.type, torch.bfloat16):
-            total += FlowObjective(network)(batch, generator(1, step)).mean().item() / 4
-    network.load_state_dict(current)
-    return total
+    with ema.applied_to(network), torch.autocast(device.type, torch.bfloat16):
+        for step in range(HELD_OUT_BATCHES):
+            batch = to_device(data.batches(data.held_out, step), device)
+            total += FlowObjective(network)(batch, generator(1, step)).mean().item()
+    return total / HELD_OUT_BATCHES
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -225,7 +226,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 @torch.no_grad()
-def encode_groups(network: nn.Module, groups: TrainingGroups, encodings: int, seed: int) -> LatentSet:
+def encode_groups(
+    network: nn.Module, groups: TrainingGroups, encodings: int, seed: int, precision: str = "bf16"
+) -> LatentSet:
     """Posterior moments of every group, `encodings` times each under the training augmentation (the first without)."""
     means, logvars, told, ids = [], [], [], []
     device = next(network.parameters()).device
@@ -234,7 +237,7 @@ def encode_groups(network: nn.Module, groups: TrainingGroups, encodings: int, se
             for number in range(encodings):
                 random = generator(seed, index * encodings + number, stream=5)
                 x = groups.augmented(index, random) if number else groups.plain(index)
-                with torch.autocast(device.type, torch.bfloat16):
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     mean, logvar = network.encode(x[None].to(device))
                 means.append(mean[0].half().cpu())
                 logvars.append(logvar[0].half().cpu())

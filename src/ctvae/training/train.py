@@ -39,6 +39,8 @@ def train(
     """
     if stage not in STAGES:
         raise ConfigError(f"unknown stage '{stage}' (known: {', '.join(STAGES)})")
+    if minutes is not None and minutes <= 0:
+        raise ConfigError(f"minutes {minutes:g}: training needs more than 0")
     data, folder = Dataset.open(Path(dataset)), Path(out)
     cfg = _settings(data, folder, method, overrides, stage, minutes)
     run = Run.create_or_resume(folder, cfg, data.fingerprint)
@@ -83,7 +85,8 @@ def _latents(run: Run, data: Dataset, cfg: Config) -> tuple[LatentSet, LatentSet
         network = build(cfg.model, cfg.data.shape or (0, 0, 0))
         network.load_state_dict(load(weights)[0])
         network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        encode_groups(network, _groups(data, cfg, "train"), cfg.prior.encodings, cfg.seed).save(training)
+        precision = cfg.autoencoder.precision
+        encode_groups(network, _groups(data, cfg, "train"), cfg.prior.encodings, cfg.seed, precision).save(training)
         if data.groups("validation"):
-            encode_groups(network, _groups(data, cfg, "validation"), 1, cfg.seed).save(validation)
+            encode_groups(network, _groups(data, cfg, "validation"), 1, cfg.seed, precision).save(validation)
     return LatentSet.load(training), LatentSet.load(validation) if validation.exists() else None

@@ -1,0 +1,48 @@
+"""The verb `export`: a finished run as a small folder to hand on, with half-precision weights and nothing of the training data.
+
+    OUT/config.yaml, autoencoder.safetensors, prior-flow.safetensors, prior-normal.safetensors, README.md (the model card)
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ctvae import checkpoint, files
+from ctvae.errors import InputError
+from ctvae.model import open_model
+
+PRIORS = ("flow", "normal")  # the fitted ones hold whole training latents
+NETWORKS = ("coarse.", "detail.", "vector.")
+
+
+def export(run: Path | str, out: Path | str, *, card: Path | str | None = None) -> Path:
+    """Write the run's averaged weights in float16 to `out`, which `ctvae generate` and the others take as MODEL.
+
+    `card` is a Markdown file that is copied beside them as README.md. Raises ModelError for an unfinished run, InputError
+    where `out` is not empty or the card is missing.
+    """
+    model, folder = open_model(run), Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder}: is not empty; choose another folder")
+    if card is not None and not Path(card).is_file():
+        raise InputError(f"{card}: no such file; --card names a Markdown file")
+    files.write_text(folder / "config.yaml", (model.folder / "config.yaml").read_text())
+    tensors, meta = checkpoint.load(model.folder / "autoencoder.safetensors")
+    checkpoint.save(folder / "autoencoder.safetensors", {name: _half(value) for name, value in tensors.items()}, meta)
+    for prior in PRIORS:
+        path = model.folder / f"prior-{prior}.safetensors"
+        if path.exists():
+            tensors, meta = checkpoint.load(path)
+            halved = {name: _half(value) if name.startswith(NETWORKS) else value for name, value in tensors.items()}
+            checkpoint.save(folder / path.name, halved, meta)
+    if card is not None:
+        shutil.copyfile(card, folder / "README.md")
+    return folder
+
+
+def _half(value: Tensor) -> Tensor:
+    return value.to(torch.float16) if value.is_floating_point() else value

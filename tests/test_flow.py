@@ -1,0 +1,113 @@
+"""The flow against an exact solution.
+
+For data N(MU, S^2) the marginal velocity of the straight path is known, and so is its flow: noise x0 ends at MU + S x0.
+A solver of order p must approach that at rate h^p, and no velocity has a smaller matching loss.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ctvae import flow
+
+MU, S = 0.7, 0.3
+SAMPLES = 400_000
+
+
+def gaussian_velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    t = t.view(-1, 1)
+    variance = (1 - t) ** 2 + (t * S) ** 2
+    return MU + (t * S**2 - (1 - t)) / variance * (x - t * MU)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise and data, [SAMPLES 1] each."""
+    random = torch.Generator().manual_seed(0)
+    x0, x1 = torch.randn(2, SAMPLES, 1, generator=random, dtype=torch.float64)
+    return x0, MU + S * x1
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_sampler_converges_at_its_order(order):
+    x0 = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1)
+    exact = MU + S * x0
+
+    def error(steps: int) -> float:
+        return (flow.sample(gaussian_velocity, x0, steps, order) - exact).abs().max().item()
+
+    rate = math.log2(error(64) / error(128))
+    assert rate == pytest.approx(order, abs=0.15)
+    assert error(128) < 0.02
+
+
+@pytest.mark.parametrize(("order", "evaluations"), [(1, 5), (2, 10)])
+def test_sampler_asks_for_times_from_0_to_1(order, evaluations):
+    times = []
+
+    def velocity(x, t):
+        times.append(t.tolist())
+        return torch.ones_like(x)
+
+    x = flow.sample(velocity, torch.zeros(2, 3), 5, order)
+    torch.testing.assert_close(x, torch.ones(2, 3))
+    assert len(times) == evaluations
+    assert times[0] == [0.0, 0.0]
+    assert max(max(t) for t in times) == pytest.approx(0.8 if order == 1 else 1.0)
+
+
+def test_an_unknown_order_is_refused():
+    with pytest.raises(ValueError, match="order 3 is neither 1"):
+        flow.sample(gaussian_velocity, torch.zeros(1, 1), 1, order=3)
+
+
+@pytest.mark.parametrize("time", [0.0, 0.3, 0.7, 0.95])
+def test_the_true_velocity_leaves_the_conditional_variance(pairs, time):
+    """E |v - (x1 - x0)|^2 = Var(x1 - x0) - Cov(x1 - x0, x_t)^2 / Var(x_t) for jointly Gaussian variables."""
+    t = torch.full((SAMPLES,), time, dtype=torch.float64)
+    loss = flow.matching_loss(gaussian_velocity, *pairs, t).mean().item()
+    covariance, variance = time * S**2 - (1 - time), (1 - time) ** 2 + (time * S) ** 2
+    assert loss == pytest.approx(1 + S**2 - covariance**2 / variance, rel=0.01, abs=1e-12)
+
+
+@pytest.mark.parametrize("bias", [-0.5, 0.1, 0.3])
+def test_a_biased_velocity_costs_the_square_of_its_bias(pairs, bias):
+    t = flow.logit_normal_times(SAMPLES, torch.Generator().manual_seed(1)).double()
+    least = flow.matching_loss(gaussian_velocity, *pairs, t).mean()
+    biased = flow.matching_loss(lambda x, t: gaussian_velocity(x, t) + bias, *pairs, t).mean()
+    assert (biased - least).item() == pytest.approx(bias**2, abs=5 * 2 * abs(bias) / math.sqrt(SAMPLES))
+
+
+def test_the_loss_is_per_sample():
+    x0, x1 = torch.zeros(2, 3, 4, 5, 6), torch.zeros(2, 3, 4, 5, 6)
+    x1[1] = 2.0
+    assert flow.matching_loss(lambda x, t: torch.zeros_like(x), x0, x1, torch.rand(2)).tolist() == [0.0, 4.0]
+
+
+def test_the_path_is_straight_between_its_ends():
+    x0, x1 = torch.randn(2, 3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+    x = flow.interpolate(x0, x1, torch.tensor([0.0, 0.25, 1.0]))
+    assert torch.equal(x[0], x0[0])
+    assert torch.equal(x[2], x1[2])
+    torch.testing.assert_close(x[1], 0.75 * x0[1] + 0.25 * x1[1])
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0])
+def test_times_are_logit_normal(shift):
+    logits = torch.logit(flow.logit_normal_times(50_000, torch.Generator().manual_seed(3), shift).double())
+    assert logits.mean().item() == pytest.approx(shift, abs=5 / math.sqrt(50_000))
+    assert logits.std().item() == pytest.approx(1.0, abs=0.02)
+    assert (logits < shift + 1).double().mean().item() == pytest.approx(0.8413, abs=0.01)  # a standard normal below 1
+
+
+def test_guidance_is_linear_in_its_weight():
+    def along(weight: float) -> torch.Tensor:
+        velocity = flow.guided(lambda x, t: 3 * x, lambda x, t: x, weight)
+        return velocity(torch.ones(2, 1), torch.zeros(2))
+
+    assert along(0.0).unique().item() == 1.0  # unconditional
+    assert along(1.0).unique().item() == 3.0  # conditional
+    assert along(2.0).unique().item() == 5.0  # beyond it

@@ -1,0 +1,67 @@
+"""Losses against torch.distributions and against volumes whose loss is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from ctvae import losses
+
+
+def ramp(d: float, h: float, w: float, shape: tuple[int, int, int] = (5, 6, 7)) -> torch.Tensor:
+    """Rises by d, h, w per voxel along the axes: [1 1 D H W]."""
+    z, y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in shape), indexing="ij")
+    return (d * z + h * y + w * x)[None, None]
+
+
+def test_kl_is_that_of_torch_distributions():
+    random = torch.Generator().manual_seed(0)
+    mean = 3 * torch.randn(2, 4, 3, 3, 3, generator=random, dtype=torch.float64)
+    logvar = 2 * torch.randn(mean.shape, generator=random, dtype=torch.float64)
+    expected = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0))
+    torch.testing.assert_close(losses.kl_to_standard_normal(mean, logvar), expected)
+
+
+def test_kl_is_zero_for_the_standard_normal_alone():
+    zero = torch.zeros(3)
+    assert losses.kl_to_standard_normal(zero, zero).tolist() == [0.0] * 3
+    assert (losses.kl_to_standard_normal(zero, torch.tensor([0.1, -0.1, 1.0])) > 0).all()
+
+
+def test_gradient_l1_of_a_ramp_is_its_mean_slope():
+    slope = losses.gradient_l1(ramp(0.3, -0.6, 0.9), torch.zeros(1, 1, 5, 6, 7, dtype=torch.float64))
+    assert slope.item() == pytest.approx((0.3 + 0.6 + 0.9) / 3)
+
+
+def test_gradient_l1_does_not_see_an_offset():
+    x = ramp(1, 2, 3)
+    assert losses.gradient_l1(x + 5.0, x).item() == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "expected"),
+    [
+        (-1.0, 1.0, 2.0),  # both ends of what the window shows: its whole width
+        (-0.9, -0.3, 0.0),  # both below
+        (0.5, 0.9, 0.0),  # both above
+        (-0.1, 0.1, 1.0),  # half of the window
+        (0.1, 0.9, 0.5),  # from 0.1 to the window's end
+    ],
+)
+def test_window_l1_of_two_greys(x, y, expected):
+    shape = (1, 1, 2, 3, 4)
+    assert losses.window_l1(torch.full(shape, x), torch.full(shape, y), -0.2, 0.2).item() == pytest.approx(expected)
+
+
+def test_window_l1_is_a_mean_over_voxels():
+    x, y = torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 1, 2, 2)
+    y[..., 0, 0] = 0.1
+    assert losses.window_l1(x, y, -0.2, 0.2).item() == pytest.approx(0.5 / 4)
+
+
+def test_a_window_beyond_which_nothing_is_learned():
+    x = torch.tensor([-0.9, 0.0, 0.9]).view(1, 1, 1, 1, 3).requires_grad_()
+    losses.window_l1(x, torch.full_like(x, 0.1), -0.2, 0.2).backward()
+    assert x.grad is not None
+    assert (x.grad.flatten() != 0).tolist() == [False, True, False]
