@@ -50,3 +50,37 @@ def write_nifti() -> Callable[..., Path]:
         return path
 
     return write
+
+
+TINY = (  # a wavelet3d that trains in a second
+    "model.widths=[4,8]", "model.blocks=[1,1]", "model.latent_channels=2",
+    "autoencoder.steps=6", "autoencoder.log_every=2", "autoencoder.save_every=2", "autoencoder.precision=fp32",
+    "prior.steps=9", "prior.log_every=2", "prior.save_every=2", "prior.precision=fp32", "prior.batch=2",
+    "prior.widths=[8,32]", "prior.blocks=1", "prior.detail_width=8", "prior.detail_blocks=1", "prior.mlp_width=16",
+    "prior.sampling_steps=2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> tuple[str, ...]:
+    """`--set` overrides for `tiny_dataset`: 6 steps of the autoencoder, 6 of the coarse flow and 3 of the detail flow."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory) -> Path:
+    """Eight phantoms of 64 x 32 x 32 voxels, prepared; all three splits have some."""
+    from ctvae.phantoms import write_phantoms
+    from ctvae.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantoms(folder, 8, shape=(64, 32, 32), spacing_mm=(12.5, 12.5, 4.5))
+    return prepare(folder, folder / "dataset", slices=64, fractions=(0.5, 0.25, 0.25), workers=1).folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_dataset, tmp_path_factory) -> Path:
+    """A finished wavelet3d run with `tiny_settings`. Not to be changed."""
+    from ctvae.training.train import train
+
+    return train(tiny_dataset, tmp_path_factory.mktemp("tiny") / "run", overrides=TINY)

@@ -127,6 +127,12 @@ def test_the_noise_power_spectrum_integrates_to_the_variance(sigma):
     assert spectrum.sum() * cell == pytest.approx(patches.var(axis=(1, 2)).mean(), rel=1e-9)
 
 
+def test_rings_without_a_frequency_are_interpolated():
+    f = np.hypot(np.fft.fftfreq(20)[:, None], np.fft.fftfreq(20)[None])
+    rings = summary.radial_mean(f, 32)  # of a picture whose power is its frequency
+    np.testing.assert_allclose(rings[4:], (np.arange(4, 32) + 0.5) / 64, atol=0.02)
+
+
 def test_white_noise_has_a_flat_spectrum_and_blur_lowers_its_end():
     noise = np.random.default_rng(6).normal(0, 20, (40, 64, 64))
     white = summary.power_spectrum(noise)

@@ -31,9 +31,7 @@ def test_psnr_equals_scikit_image(pair):
 def test_ssim_equals_scikit_image(pair):
     a, b = pair
     ours = similarity.ssim(a, b, RANGE)
-    theirs = structural_similarity(
-        a, b, data_range=RANGE, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-    )
+    theirs = structural_similarity(a, b, data_range=RANGE, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
     assert 0.1 < theirs < 0.95
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert similarity.ssim(a, a, RANGE) == pytest.approx(1.0, abs=1e-6)

@@ -3,6 +3,7 @@
     OUT/runs/<method>/                 the run folder
     OUT/synthetic/<method>-<prior>/    its samples
     OUT/reports/<method>-<prior>/      their report
+    OUT/measured/                      what was measured of each scan, shared by the reports
     OUT/compare.json, table.md, compare.png, index.html
 """
 
@@ -103,7 +104,8 @@ def _report(run: Path, model: Model, data: Dataset, prior: str, where: tuple[Pat
         with Progress(f"judge {name}") as bar:
             evaluate(
                 data.folder, folder / "synthetic" / name, report.parent,
-                reconstruct=model.reconstruct_volume if prior == "flow" else None, seed=seed, progress=bar.report,
+                reconstruct=model.reconstruct_volume if prior == "flow" else None, seed=seed,
+                cache=folder / "measured", progress=bar.report,
             )  # fmt: skip
     return json.loads(report.read_text())
 

@@ -179,14 +179,16 @@ class Prior(Training):
     batch: Steps = 16
     lr: Positive = 1e-3
     ema_decay: Share = 0.998
-    widths: tuple[int, ...] = Field((96, 192, 224), description="channels of the coarse U-Net per resolution, fine to coarse")
+    design: Literal["joint", "cascade"] = Field("joint", description="one U-Net for all bands, or anatomy first, then detail")
+    widths: tuple[int, ...] = Field((128, 192, 224), description="channels of the U-Net per resolution, fine to coarse")
     blocks: int = Field(2, ge=1, description="residual blocks per resolution, down and up")
-    detail_width: int = Field(128, ge=8, description="channels of the convolutional detail flow")
+    detail_width: int = Field(128, ge=8, description="channels of the cascade's convolutional detail flow")
     detail_blocks: int = Field(6, ge=1)
-    detail_share: float = Field(0.35, gt=0, lt=1, description="share of the training time that the detail flow gets")
+    detail_share: float = Field(0.35, gt=0, lt=1, description="share of the cascade's training time that the detail flow gets")
     mlp_width: int = Field(512, ge=8, description="width of the MLP for vector latents")
     encodings: int = Field(2, ge=1, description="augmented encodings stored per training group")
     sampling_steps: int = Field(25, ge=1, description="Heun steps at generation; two evaluations each")
+    guidance: float = Field(1.5, ge=0, description="classifier-free guidance of the anatomy by the conditions; 1: none")
     null_probability: float = Field(0.1, ge=0, le=1, description="share of steps that hide the conditions")
 
 

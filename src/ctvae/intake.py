@@ -12,12 +12,14 @@ import numpy as np
 
 from ctvae import files, nifti
 from ctvae.errors import ScanRejected
-from ctvae.preprocess import Box, Steps, body_box, cut, group_starts
+from ctvae.preprocess import BODY_HU, Box, Steps, body_box, cut, group_starts
 from ctvae.scan import Found, read_scan
 from ctvae.volume import Volume, position_mm
 
 Record = dict[str, Any]
 BODY_MARGIN_VOXELS = 4
+BLANK_SLICE = 0.002  # share of a slice's voxels above BODY_HU, below which it shows no body
+MOST_BLANK = 0.1  # of a group's slices; a group with more would teach a model to draw blanks
 BIN_HU = 10
 HISTOGRAM_HU = np.arange(-1025, 3090, BIN_HU)  # edges
 
@@ -112,7 +114,7 @@ def _prepared(job: Job) -> Record:
     """Write the groups; what is to be remembered of the scan. Raises ScanRejected."""
     settings = job.settings
     scan = read_scan(job.found.path, job.found.series)
-    starts = group_starts(scan.volume.shape[0], settings.slices, settings.stride, settings.rest)
+    starts = _filled(scan.volume.hu, settings)
     body = body_box(scan.volume)
     steps = _steps(body.grown(BODY_MARGIN_VOXELS, scan.volume.shape), scan.volume.shape, settings)
     labels, label_note = _labels(job, scan.volume)
@@ -132,6 +134,16 @@ def _prepared(job: Job) -> Record:
         "histogram": _histogram(volume.hu),
         "groups": [_write_group(job, volume, labels, start, scan.volume.shape[0]) for start in starts],
     }
+
+
+def _filled(hu: np.ndarray, settings: Settings) -> list[int]:
+    """First slices of the groups, without those whose slices are mostly blank. Raises ScanRejected when none is left."""
+    starts = group_starts(len(hu), settings.slices, settings.stride, settings.rest)
+    blank = (hu > BODY_HU).mean(axis=(1, 2)) < BLANK_SLICE  # [D]
+    filled = [start for start in starts if blank[start : start + settings.slices].mean() <= MOST_BLANK]
+    if not filled:
+        raise ScanRejected(f"every group of {settings.slices} slices has more than {MOST_BLANK:.0%} blank slices")
+    return filled
 
 
 def _steps(body: Box, shape: tuple[int, int, int], settings: Settings) -> Steps:

@@ -50,25 +50,30 @@ class LatentSet:
 
 
 class LatentCode:
-    """Latents to unit variance and back; spatial latents also to a coarse volume and its detail bands (one Haar step).
+    """Latents to what the flow sees, and back. The one place where latents are shifted, scaled and split.
 
     Statistics are over the whole training set, per channel (per number for vectors), posterior variance included.
+    Spatial latents are split by one Haar step. A `joint` code stacks all bands, at their natural sizes: the step is scaled
+    to be orthonormal, so that the flow sees the latents themselves, folded. Without `joint`, the low band and the detail
+    bands come apart, each channel at unit variance.
     """
-
-    NAMES = ("shift", "scale", "detail_scale", "coarse_scale")
 
     def __init__(self, tensors: dict[str, Tensor], steps: Step3 | None):
         self.tensors, self.steps = tensors, steps
 
+    @property
+    def joint(self) -> bool:
+        return "detail_scale" not in self.tensors
+
     @classmethod
-    def fit(cls, latents: LatentSet) -> LatentCode:
+    def fit(cls, latents: LatentSet, joint: bool = True) -> LatentCode:
         means, variances = latents.means.float(), latents.logvars.float().exp()
         spatial = means.ndim == 5
         axes = (0, 2, 3, 4) if spatial else (0,)
         shift = means.mean(axes)
         scale = (means.var(axes, correction=0) + variances.mean(axes)).sqrt().clamp_min(1e-6)
         code = cls({"shift": shift, "scale": scale}, pyramid_steps(means.shape[2:]) if spatial else None)
-        if spatial:
+        if code.steps is not None and not joint:
             coarse, detail = code._split(code._standard(means))
             bands = haar.bands(code.steps)
             noise = variances.mean(axes) / scale.square() / bands  # [Z], of a mean of `bands` posterior samples
@@ -79,10 +84,12 @@ class LatentCode:
         return code
 
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Latents -> (coarse [B Z ...], detail [B 7Z ...]), unit variance each; vectors -> (flat [B n], None)."""
+        """Latents -> (coarse [B Z ...], detail [B 7Z ...]); joint: (all bands [B 8Z ...], None); vectors: (flat [B n], None)."""
         x = self._standard(z)
         if self.steps is None:
             return x.flatten(1), None
+        if self.joint:
+            return haar.forward(x, self.steps) * self._orthonormal, None
         coarse, detail = self._split(x)
         return coarse / _wide(self.tensors["coarse_scale"]), detail / _wide(self.tensors["detail_scale"])
 
@@ -91,10 +98,19 @@ class LatentCode:
         if self.steps is None:
             x = coarse.unflatten(1, self.tensors["shift"].shape)
             return x * self.tensors["scale"] + self.tensors["shift"]
-        assert detail is not None
-        scaled = (coarse * _wide(self.tensors["coarse_scale"]), detail * _wide(self.tensors["detail_scale"]))
-        x = haar.inverse(torch.cat(scaled, dim=1), self.steps)
+        if self.joint:
+            x = haar.inverse(coarse / self._orthonormal, self.steps)
+        else:
+            assert detail is not None
+            scaled = (coarse * _wide(self.tensors["coarse_scale"]), detail * _wide(self.tensors["detail_scale"]))
+            x = haar.inverse(torch.cat(scaled, dim=1), self.steps)
         return x * _wide(self.tensors["scale"]) + _wide(self.tensors["shift"])
+
+    @property
+    def _orthonormal(self) -> float:
+        """Means and half-differences to the orthonormal transform: sqrt(2) for each axis that is halved."""
+        assert self.steps is not None
+        return haar.bands(self.steps) ** 0.5
 
     def _standard(self, z: Tensor) -> Tensor:
         shift, scale = self.tensors["shift"], self.tensors["scale"]

@@ -180,7 +180,7 @@ class Model:
         for name, network in networks.items():
             self._with_weights(network, _below(f"{name}.", tensors))
         conditioning = Conditioning(tensors["conditions.mean"], tensors["conditions.std"])
-        return FlowPrior(code, networks, conditioning, tensors["conditions.known"], shape)
+        return FlowPrior(code, networks, conditioning, tensors["conditions.known"], shape, self.cfg.prior.guidance)
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,7 @@ class FlowPrior:
     conditioning: Conditioning
     known: Tensor  # [N K] conditions of the training groups
     latent_shape: tuple[int, ...]
+    guidance: float = 1.0
 
     def draw(self, random: torch.Generator, steps: int) -> Draw:
         told = _pick(self.known, random)
@@ -201,6 +202,9 @@ class FlowPrior:
             return Draw(self.code.decode(x, None), told)
         channels, *sizes = self.latent_shape
         coarse_sizes = [size // step for size, step in zip(sizes, self.code.steps, strict=True)]
+        if self.code.joint:
+            x = self._solve("joint", (channels * math.prod(self.code.steps), *coarse_sizes), c, (), random, steps)
+            return Draw(self.code.decode(x, None), told)
         coarse = self._solve("coarse", (channels, *coarse_sizes), c, (), random, steps)
         bands = math.prod(self.code.steps) - 1
         detail = self._solve("detail", (channels * bands, *coarse_sizes), c, (coarse,), random, steps)
@@ -214,11 +218,17 @@ class FlowPrior:
         x0 = torch.randn((1, *shape), generator=random).to(device)
         c, given = c.to(device), tuple(tensor.to(device) for tensor in given)
 
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16):
-                return network(x, t, c, *given).float()
+        def velocity(told: Tensor) -> flow.Velocity:
+            def at(x: Tensor, t: Tensor) -> Tensor:
+                with torch.autocast(device.type, torch.bfloat16):
+                    return network(x, t, told, *given).float()
 
-        return flow.sample(velocity, x0, steps).cpu()
+            return at
+
+        if name == "detail" or self.guidance == 1.0:  # detail follows the anatomy; the conditions have had their say
+            return flow.sample(velocity(c), x0, steps).cpu()
+        withheld = torch.full_like(c, math.nan)
+        return flow.sample(flow.guided(velocity(c), velocity(withheld), self.guidance), x0, steps).cpu()
 
 
 def _pick(known: Tensor, random: torch.Generator) -> dict[str, float]:

@@ -194,9 +194,7 @@ def _candidates(volumes: int, rank: int) -> list[tuple[int, str]]:
 
 def _em(scaled: Floats, components: int, kind: str) -> GaussianMixture:
     """One mixture by expectation maximisation. One that has not converged is still a density that the BIC can judge."""
-    mixture = GaussianMixture(
-        components, covariance_type=kind, reg_covar=VARIANCE_FLOOR, n_init=3, max_iter=300, random_state=0
-    )
+    mixture = GaussianMixture(components, covariance_type=kind, reg_covar=VARIANCE_FLOOR, n_init=3, max_iter=300, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return mixture.fit(scaled)

@@ -41,8 +41,7 @@ def curves(x: NDArray[np.floating], series: Sequence[Series], x_label: str, y_la
         return TOP + (high - log) / max(high - low, 1) * (HEIGHT - TOP - BOTTOM)
 
     parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} over '
-        f'{escape(x_label)}">'
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} over {escape(x_label)}">'
     ]
     for decade in range(low, high + 1):
         y = py(10.0**decade)
@@ -52,9 +51,7 @@ def curves(x: NDArray[np.floating], series: Sequence[Series], x_label: str, y_la
         parts.append(f'<text x="{px(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick:g}</text>')
     for s in series:
         edge = [*zip(x, s.high, strict=True), *zip(x[::-1], s.low[::-1], strict=True)]
-        parts.append(
-            f'<polygon class="band {s.kind}" points="{" ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in edge)}"/>'
-        )
+        parts.append(f'<polygon class="band {s.kind}" points="{" ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in edge)}"/>')
     for s in series:
         line = " ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in zip(x, s.y, strict=True))
         parts.append(f'<polyline class="line {s.kind}" points="{line}"/>')
@@ -62,13 +59,9 @@ def curves(x: NDArray[np.floating], series: Sequence[Series], x_label: str, y_la
         y = TOP + 12 + 16 * index
         parts.append(f'<line class="line {s.kind}" x1="{WIDTH - 112}" x2="{WIDTH - 90}" y1="{y - 4}" y2="{y - 4}"/>')
         parts.append(f'<text x="{WIDTH - 84}" y="{y}">{escape(s.name)}</text>')
-    parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
-    )
+    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(
-        f'<text transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text></svg>'
-    )
+    parts.append(f'<text transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text></svg>')
     return "".join(parts)
 
 

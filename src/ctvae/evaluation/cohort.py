@@ -64,9 +64,7 @@ def real_scans(path: Path) -> list[Scan]:
     else:
         scans = list(_from_folder(path, "real"))
     if not scans:
-        raise InputError(
-            f"{path}: holds no scans; prepare a dataset with `ctvae prepare` or name a folder of .nii.gz files"
-        )
+        raise InputError(f"{path}: holds no scans; prepare a dataset with `ctvae prepare` or name a folder of .nii.gz files")
     return scans
 
 
@@ -117,9 +115,7 @@ def deal(scans: Sequence[Scan], split: str, seed: int) -> Cohort:
         by_patient.setdefault(scan.patient, []).append(scan)
     chosen = [group[rng.integers(len(group))] for _, group in sorted(by_patient.items())]
     if len(scans) > len(chosen):
-        notes.append(
-            f"One of the groups of each real patient was used, chosen at random ({len(chosen)} of {len(scans)})."
-        )
+        notes.append(f"One of the groups of each real patient was used, chosen at random ({len(chosen)} of {len(scans)}).")
     chosen = [chosen[i] for i in rng.permutation(len(chosen))]
     name = _first_filled(chosen, split, notes)
     reference = [scan for scan in chosen if scan.split == name or name == "all"]
@@ -150,8 +146,7 @@ def _balanced(reference: list[Scan], others: list[Scan], name: str, notes: list[
         moved = sorted(others, key=lambda scan: scan.split == "train")[: wanted - len(reference)]
         before = len(reference)
         notes.append(
-            f"The {name} split has {before} patient{'s' * (before != 1)}; {len(moved)} of the other splits were "
-            "added to it."
+            f"The {name} split has {before} patient{'s' * (before != 1)}; {len(moved)} of the other splits were added to it."
         )
         reference, others = [*reference, *moved], [scan for scan in others if scan not in moved]
     if len(others) < wanted:
@@ -215,9 +210,7 @@ def _read(file: Path) -> Volume:
 def _nifti_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; name a folder of .nii.gz files")
-    files = sorted(
-        file for file in path.iterdir() if file.is_file() and nifti.is_nifti(file) and not file.name.startswith(".")
-    )
+    files = sorted(file for file in path.iterdir() if file.is_file() and nifti.is_nifti(file) and not file.name.startswith("."))
     if not files:
         raise InputError(f"{path}: holds no .nii or .nii.gz files; generate some with `ctvae generate`")
     return files

@@ -49,6 +49,7 @@ def evaluate(
     split: str = "test",
     reconstruct: Reconstruct | None = None,
     seed: int = 0,
+    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Judge the NIfTI files of `synthetic` against the real scans of `real`; returns what it writes to out/report.json.
@@ -56,15 +57,16 @@ def evaluate(
     `real` is a prepared dataset, or any folder of NIfTI (then nothing is known of splits). `split` is the real side
     of the comparison; the other splits give the floors. `reconstruct` encodes and decodes a volume: with it, held-out
     scans are reconstructed and compared. Writes report.json, index.html (self-contained) and PNGs into `out`.
-    Stopped, it goes on where it was. Raises InputError for a missing or empty folder, a file that is no scan, or a
-    patient on both sides.
+    Stopped, it goes on where it was; `cache` is a folder for what was measured of each scan, which several reports on the
+    same real scans may share (otherwise it is kept in `out` until the report is done). Raises InputError for a missing
+    or empty folder, a file that is no scan, or a patient on both sides.
     """
     real, synthetic, out = Path(real), Path(synthetic), Path(out)
     tell = progress or (lambda done, total, what: None)
     scans = cohort.real_scans(real)
     cohort.refuse_made_from(synthetic, scans)
     generated, notes = cohort.synthetic_scans(synthetic)
-    sides = _measured(generated, cohort.deal(scans, split, seed), out / ".partial", tell)
+    sides = _measured(generated, cohort.deal(scans, split, seed), cache or out / ".partial", tell)
     measures = _measures(sides, seed, tell)
     copies = _memorization(sides)
     again = _reconstructed(sides.real, reconstruct, tell) if reconstruct else []
@@ -142,9 +144,7 @@ def _reconstructed(real: Cohort, reconstruct: Reconstruct, tell: Progress) -> li
         volume = scan.load()
         again = reconstruct(volume)
         if again.hu.shape != volume.hu.shape:
-            raise InputError(
-                f"{scan.name}: reconstructed to shape {again.hu.shape}, not {volume.hu.shape}; check the model"
-            )
+            raise InputError(f"{scan.name}: reconstructed to shape {again.hu.shape}, not {volume.hu.shape}; check the model")
         pairs.append((scan, volume, again))
     return pairs
 
@@ -202,15 +202,11 @@ def _draw(
     for window, words in (("soft", "-160 to 240 HU"), ("full", "-1000 to 1000 HU")):
         path = out / f"real_beside_synthetic_{window}.png"
         pictures.real_beside_synthetic(real, made, path, window)
-        drawn.beside.append(
-            (pictures.data_uri(path), f"Three planes through the middle of the body, {words}, all at one scale.")
-        )
+        drawn.beside.append((pictures.data_uri(path), f"Three planes through the middle of the body, {words}, all at one scale."))
     if again:
         path = out / "reconstructions.png"
         pictures.reconstructions([(scan.name, volume, decoded) for scan, volume, decoded in again[:2]], path)
-        drawn.reconstructions.append(
-            (pictures.data_uri(path), "Real scans, what the model makes of them, and the difference.")
-        )
+        drawn.reconstructions.append((pictures.data_uri(path), "Real scans, what the model makes of them, and the difference."))
     _draw_pairs(sides, copies, out, drawn)
     drawn.quiz.extend(_quiz(sides))
     tell(1, 1, "drawing")
@@ -242,15 +238,11 @@ def _draw_pairs(sides: _Sides, copies: dict[str, Any], out: Path, drawn: page.Pi
 def _quiz(sides: _Sides) -> list[tuple[str, bool]]:
     """Strips of as many scans of either side, all with one box, so that only the scans themselves differ."""
     count = min(MOST_QUIZ, len(sides.real.reference), len(sides.synthetic))
-    chosen = [(scan, False) for scan in sides.real.reference[:count]] + [
-        (scan, True) for scan in sides.synthetic[-count:]
-    ]
+    chosen = [(scan, False) for scan in sides.real.reference[:count]] + [(scan, True) for scan in sides.synthetic[-count:]]
     volumes = [(scan.load(), synthetic) for scan, synthetic in chosen]
     extents = np.array([pictures.body_box(volume).extent_mm for volume, _ in volumes])
     x, y, z = (float(v) for v in np.median(extents, axis=0) * 1.05)
-    return [
-        (pictures.data_uri(pictures.strip_png(volume, "soft", (x, y, z))), synthetic) for volume, synthetic in volumes
-    ]
+    return [(pictures.data_uri(pictures.strip_png(volume, "soft", (x, y, z))), synthetic) for volume, synthetic in volumes]
 
 
 def _about_real(path: Path, real: Cohort) -> dict[str, Any]:
@@ -284,8 +276,7 @@ def _standing_notes(sides: _Sides) -> list[str]:
         "middle, cut into the same cells for all scans.",
         "Floors: random splits of the real patients into two disjoint sets of the sizes compared. "
         "Intervals: random halves of both sets.",
-        "The classifier and the diversity measure use all real patients; the others compare with the "
-        "reference patients only.",
+        "The classifier and the diversity measure use all real patients; the others compare with the reference patients only.",
     ]
 
 

@@ -106,9 +106,7 @@ def _neighbours(x: Array, m: Mask) -> dict[str, float]:
             named[f"step_{AXES[axis]}{lag}"] = np.abs(a - b).mean()
             named[f"correlation_{AXES[axis]}{lag}"] = (a * b).mean() / variance
     smooth = [x, *(ndimage.gaussian_filter(x, sigma, truncate=3) for sigma in (1, 2, 4))]
-    for (name, fine), coarse in zip(
-        zip(("fine", "middle", "broad"), smooth[:-1], strict=True), smooth[1:], strict=True
-    ):
+    for (name, fine), coarse in zip(zip(("fine", "middle", "broad"), smooth[:-1], strict=True), smooth[1:], strict=True):
         named[f"band_{name}"] = (fine - coarse)[m].std()
     return {name: named.get(name, 0.0) for name in _NEIGHBOUR_NAMES}
 
@@ -121,10 +119,7 @@ def _shape(m: Mask, spacing_mm: Triple) -> dict[str, float]:
     x_mm, y_mm, z_mm = spacing_mm
     area = m.sum(axis=(1, 2)) * x_mm * y_mm / 100  # cm^2 per slice
     width, height = m.any(axis=(0, 1)).sum() * x_mm, m.any(axis=(0, 2)).sum() * y_mm
-    faces = (
-        np.abs(np.diff(m.astype(np.int8), axis=1)).sum() * x_mm
-        + np.abs(np.diff(m.astype(np.int8), axis=2)).sum() * y_mm
-    )
+    faces = np.abs(np.diff(m.astype(np.int8), axis=1)).sum() * x_mm + np.abs(np.diff(m.astype(np.int8), axis=2)).sum() * y_mm
     litres = area.sum() * z_mm / 1e4
     named = {
         "body_litres": litres,

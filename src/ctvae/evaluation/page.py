@@ -96,8 +96,7 @@ def _row(entry: dict[str, Any]) -> str:
     if entry["status"] != "ok":
         have = min(entry["have"].values())
         return (
-            f'<tr>{head}<td class="soft" colspan="4">Not enough scans: needs {entry["need"]} on every side, has '
-            f"{have}.</td></tr>"
+            f'<tr>{head}<td class="soft" colspan="4">Not enough scans: needs {entry["need"]} on every side, has {have}.</td></tr>'
         )
     interval = entry["interval"]
     between = (
@@ -136,9 +135,7 @@ def _reconstruction(section: dict[str, Any], pictures: Sequence[tuple[str, str]]
         return ""
     rows = []
     for key, (title, of) in FIGURES.items():
-        cells = "".join(
-            f'<td class="number">{_figure(section["windows"][window].get(key), of)}</td>' for window in WINDOW_NAMES
-        )
+        cells = "".join(f'<td class="number">{_figure(section["windows"][window].get(key), of)}</td>' for window in WINDOW_NAMES)
         rows.append(f"<tr><td>{escape(title)}</td>{cells}</tr>")
     heads = "".join(f'<th class="number">{escape(name)}</th>' for name in WINDOW_NAMES.values())
     return (
@@ -175,8 +172,7 @@ def _memorization(section: dict[str, Any], pictures: Sequence[tuple[str, str]]) 
             "than held-out ones do."
         ),
         "none found": (
-            "No copy was found: the synthetic scans lie no nearer to training patients than real scans of "
-            "other patients do."
+            "No copy was found: the synthetic scans lie no nearer to training patients than real scans of other patients do."
         ),
     }
     rows = "".join(_space_row(name, space) for name, space in section["spaces"].items())
@@ -207,8 +203,5 @@ def _space_row(name: str, space: dict[str, Any]) -> str:
 
 def _quiz(pictures: Sequence[tuple[str, bool]]) -> str:
     """The quiz's cases; the answer is a number's remainder, so that a glance at the source gives nothing away."""
-    cases = [
-        {"i": uri, "k": 7 * (13 + 5 * index) + (3 if synthetic else 5)}
-        for index, (uri, synthetic) in enumerate(pictures)
-    ]
+    cases = [{"i": uri, "k": 7 * (13 + 5 * index) + (3 if synthetic else 5)} for index, (uri, synthetic) in enumerate(pictures)]
     return json.dumps(cases)

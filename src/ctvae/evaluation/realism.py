@@ -66,9 +66,7 @@ def measures(scans: Sequence[Summary], sides: Sides, patients: Sequence[str], se
     yield from _grain(scans)
     for space, name in (("texture", "texture features"), ("layout", "layout features")):
         vectors = np.stack([getattr(scan, space) for scan in scans])
-        yield from _distribution(
-            space, name, distances.standardise(vectors, vectors[sides.real]), np.array(patients), seed
-        )
+        yield from _distribution(space, name, distances.standardise(vectors, vectors[sides.real]), np.array(patients), seed)
     yield from _diversity(scans, sides, seed)
 
 
@@ -76,11 +74,11 @@ def judge(measure: Measure, sides: Sides, seed: int) -> dict[str, Any]:
     """The measure's entry in report.json: value, interval, floor, and whether the value lies within the floor."""
     rng = np.random.default_rng([seed, sum(map(ord, measure.id))])
     synthetic, reference, real = (_usable(side, measure) for side in (sides.synthetic, sides.reference, sides.real))
-    spare = len(real) - (measure.need if measure.all_real else len(reference))
-    size = min(len(synthetic), spare)
-    if measure.all_real:
-        size = min(size, len(real) // 2)
-        reference = rng.choice(real, max(len(real) - size, 0), replace=False)
+    if measure.all_real:  # as many stand in for the synthetic ones as there are of those, half at most
+        size = min(len(synthetic), len(real) // 2)
+        reference = rng.choice(real, len(real) - size, replace=False)
+    else:
+        size = min(len(synthetic), len(real) - len(reference))
     head = {"id": measure.id, "title": measure.title, "unit": measure.unit, "direction": measure.direction}
     have = {"synthetic": len(synthetic), "reference": len(reference), "other_real": len(real) - len(reference)}
     if min(len(synthetic), len(reference), size) < measure.need:

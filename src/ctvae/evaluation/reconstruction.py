@@ -41,9 +41,7 @@ def compare(scan: Array, again: Array) -> dict[str, Any]:
     return figures
 
 
-def summarise(
-    figures: Sequence[dict[str, Any]], patients: Sequence[str], shape: tuple[int, ...], seed: int
-) -> dict[str, Any]:
+def summarise(figures: Sequence[dict[str, Any]], patients: Sequence[str], shape: tuple[int, ...], seed: int) -> dict[str, Any]:
     """Means over scans with bootstrap intervals over patients, by window and figure."""
     rng = np.random.default_rng([seed, 5])
     windows: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from ctvae.evaluation.grid import Grid, Triple, body_mask, middle_of
 from ctvae.files import atomic
 from ctvae.volume import Volume
 
-VERSION = 1
+VERSION = 2  # of what is measured: older files in a cache are not read
 HISTOGRAM_EDGES_HU = np.arange(-1000, 1501, 10)
 CELLS = (24, 48, 48)
 PATCH = 8
@@ -87,14 +87,17 @@ def power_spectrum(slices: Array) -> Array:
 
 
 def radial_mean(power: Array, bins: int) -> Array:
-    """Mean of a 2D spectrum over rings of equal width from 0 to 0.5 cycles per voxel, zero frequency left out:
-    [bins]."""
+    """Mean of a 2D spectrum over rings of equal width from 0 to 0.5 cycles per voxel, zero frequency left out: [bins].
+
+    A small picture has no frequency in some of the rings; they take their neighbours' interpolated mean.
+    """
     f = np.hypot(np.fft.fftfreq(power.shape[0])[:, None], np.fft.fftfreq(power.shape[1])[None])
     ring = np.ceil(f * 2 * bins - 1e-9).astype(int) - 1  # (0, 1 / 2 bins] is ring 0
     inside = (ring >= 0) & (ring < bins)
     count = np.bincount(ring[inside], minlength=bins)
     total = np.bincount(ring[inside], weights=power[inside], minlength=bins)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    filled = np.flatnonzero(count)
+    return np.interp(np.arange(bins), filled, total[filled] / count[filled])
 
 
 def soft_patches(hu: Array) -> Array:

@@ -9,9 +9,7 @@ TOLD_APART_AUC = 0.9
 FEW = 30  # scans on a side, below which the floors are wide
 
 
-def verdict(
-    measures: list[dict[str, Any]], memorization: dict[str, Any], reconstruction: dict[str, Any]
-) -> dict[str, Any]:
+def verdict(measures: list[dict[str, Any]], memorization: dict[str, Any], reconstruction: dict[str, Any]) -> dict[str, Any]:
     """headline, sentences and the counts they rest on."""
     judged = [entry for entry in measures if entry["status"] == "ok"]
     outside = sorted((e for e in judged if not e["within_floor"]), key=lambda e: -e["floor_widths"])
@@ -70,9 +68,7 @@ def _classifier(judged: list[dict[str, Any]]) -> str:
 def _furthest(outside: list[dict[str, Any]]) -> str:
     if not outside:
         return ""
-    named = "; ".join(
-        f"{e['title']} {number(e['value'])}{unit(e)} (real {floor_text(e)})" for e in outside[:MOST_NAMED]
-    )
+    named = "; ".join(f"{e['title']} {number(e['value'])}{unit(e)} (real {floor_text(e)})" for e in outside[:MOST_NAMED])
     return f"Furthest off: {named}."
 
 

@@ -19,10 +19,10 @@ class Conv(nn.Conv3d):
     """
 
     def forward(self, x: Tensor) -> Tensor:  # [B C D H W]
-        if x.device.type != "cpu" or x.shape[2] >= FEWEST_SLICES_BF16:
-            return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float())
+        if x.device.type == "cpu" and x.shape[2] < FEWEST_SLICES_BF16 and torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+        return super().forward(x)
 
 
 class ChannelNorm(nn.Module):
@@ -35,7 +35,7 @@ class ChannelNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
 
-    def forward(self, x: Tensor) -> Tensor:  # [B C D H W]
+    def forward(self, x: Tensor) -> Tensor:  # [B C ...]
         return F.rms_norm(x.movedim(1, -1), self.weight.shape, self.weight.to(x.dtype), eps=1e-5).movedim(-1, 1)
 
 

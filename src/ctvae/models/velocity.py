@@ -111,7 +111,7 @@ class UNet(nn.Module):
         skips = []
         for widen, level in zip(self.widen, self.down[1:], strict=True):
             skips.append(x)
-            x = level(widen(F.avg_pool3d(x, 2, ceil_mode=True, count_include_pad=False)), e)
+            x = level(widen(halved(x)), e)
         for merge, level in zip(reversed(self.merge), reversed(self.up), strict=True):
             skip = skips.pop()
             x = F.interpolate(x, size=skip.shape[2:], mode="nearest")
@@ -145,7 +145,7 @@ class VectorNet(nn.Module):
         self.embedding = Embedding(conditions)
         self.entry = nn.Linear(size, width)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.RMSNorm(2 * width), nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
+            nn.Sequential(ChannelNorm(2 * width), nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
             for _ in range(blocks)
         )
         self.told = nn.Linear(EMBEDDING, width)
@@ -159,6 +159,12 @@ class VectorNet(nn.Module):
         for block in self.blocks:
             x = x + block(torch.cat((x, e), dim=1))
         return self.out(x)
+
+
+def halved(x: Tensor) -> Tensor:
+    """Means of 2x2x2 blocks; an axis of one voxel stays."""
+    steps = [min(2, size) for size in x.shape[2:]]
+    return F.avg_pool3d(x, steps, ceil_mode=True, count_include_pad=False)
 
 
 def coordinates(x: Tensor) -> Tensor:

@@ -16,15 +16,24 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic whose iteration drives sing
 
 
 def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """About U V^T for matrix = U S V^T, by Newton-Schulz iterations: singular values end between 0.7 and 1.2."""
+    """About U V^T for matrix = U S V^T, by Newton-Schulz iterations: singular values end between 0.7 and 1.2.
+
+    Each iteration is X -> P X with P = aI + bG + cG^2 and G = X X^T. All P are polynomials of the first G and commute, so
+    they are multiplied up on the small side and meet X once: a fifth of the arithmetic on wide matrices.
+    """
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).bfloat16()
+    x = matrix.T if tall else matrix  # [r n], r <= n
     x = x / (x.norm() + 1e-7)
+    gram = x @ x.T  # [r r]
+    identity = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
+    product = identity
     for _ in range(iterations):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+        step = a * identity + b * gram + c * gram @ gram
+        product = step @ product
+        gram = step @ gram @ step
+    x = product @ x
+    return x.T if tall else x
 
 
 class Muon(torch.optim.Optimizer):

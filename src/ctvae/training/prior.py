@@ -27,6 +27,7 @@ from ctvae.training.groups import CONDITIONS, TrainingGroups, conditions
 from ctvae.training.optimizer import build_optimizer
 
 HELD_OUT_BATCHES = 4
+LEAST_SPREAD = 0.01  # of a condition that (nearly) all scans share: no other value may come out huge
 COARSE_NOISE = 0.1  # standard deviations added to the coarse latents that the detail flow is given, so that it forgives
 
 
@@ -39,7 +40,7 @@ class Conditioning:
 
     @classmethod
     def fit(cls, values: Tensor) -> Conditioning:
-        return cls(values.mean(0), values.std(0, correction=0).clamp_min(1e-6))
+        return cls(values.mean(0), values.std(0, correction=0).clamp_min(LEAST_SPREAD))
 
     def standard(self, values: Tensor) -> Tensor:
         return (values - self.mean) / self.std
@@ -71,6 +72,8 @@ def build_velocities(cfg: Prior, code: LatentCode, latent_shape: tuple[int, ...]
     if code.steps is None:
         return {"vector": VectorNet(math.prod(latent_shape), known, cfg.mlp_width, blocks=4)}
     channels = latent_shape[0]
+    if code.joint:
+        return {"joint": UNet(channels * math.prod(code.steps), known, cfg.widths, cfg.blocks)}
     detail = channels * (math.prod(code.steps) - 1)
     return {
         "coarse": UNet(channels, known, cfg.widths, cfg.blocks),
@@ -84,12 +87,12 @@ def train_prior(run: Run, cfg: Config, latents: LatentSet, held_out: LatentSet |
     Raises TrainingDiverged when a loss is not finite.
     """
     fit_closed_form(run, latents)
-    code = LatentCode.fit(latents)
+    code = LatentCode.fit(latents, joint=cfg.prior.design == "joint")
     conditioning = Conditioning.fit(latents.conditions)
     shape = tuple(latents.means.shape[1:])
     torch.manual_seed(cfg.seed)
     networks = build_velocities(cfg.prior, code, shape, len(CONDITIONS))
-    shares = {"vector": 1.0, "coarse": 1 - cfg.prior.detail_share, "detail": cfg.prior.detail_share}
+    shares = {"vector": 1.0, "joint": 1.0, "coarse": 1 - cfg.prior.detail_share, "detail": cfg.prior.detail_share}
     figures: dict[str, float] = {}
     for name, network in networks.items():
         batches = flow_batches(name, cfg, code, conditioning)

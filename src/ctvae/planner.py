@@ -1,0 +1,364 @@
+"""The verb `plan`: what a run needs, before it runs, and settings with which it fits the memory there is.
+
+    plan = planner.plan("wavelet3d", (64, 512, 512), memory_gb=24)
+    plan.train_peak_gb, plan.note, plan.overrides
+
+Nothing is computed: networks, losses and optimisers run on tensors without memory (`planning/`). Where what was asked
+does not fit, settings are changed in this order until it does: smaller batch, checkpointing, patches (half in plane,
+then half in depth). Settings that the caller has set are left alone. docs/planner.md says how far to trust the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+import yaml
+
+from ctvae import files, intensity
+from ctvae.config import Config, Size3, Wavelet3D, load_recipe
+from ctvae.dataset import Dataset
+from ctvae.errors import ConfigError, DoesNotFit, InputError
+from ctvae.model import TILE_VOXELS
+from ctvae.planning import dry
+from ctvae.planning.dry import TrainingCost
+from ctvae.planning.report import Plan, as_yaml, flow
+from ctvae.planning.sizes import parse_size, smaller, strides_for, written
+from ctvae.planning.workspace import Kernels
+from ctvae.training.groups import latent_grid
+
+KEPT_FREE = 0.1  # share of the memory that a plan leaves: the prediction's own error, and what else runs
+SMALLEST_TILE = (32, 64, 64)
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of the data: size of a training group, spacing x y z, number of training groups (0: not known)."""
+
+    size: Size3
+    spacing_mm: tuple[float, float, float] | None = None
+    groups: int = 0
+
+    @classmethod
+    def asked(cls, dataset: Path | str | None, size: str | None) -> Source:
+        """As the command line asks: a dataset's own, a size such as 64x512x512, or that size with the dataset's spacing.
+
+        Raises ConfigError where there is neither, InputError where `dataset` is none.
+        """
+        if dataset is not None:
+            measured = cls.of(Dataset.open(dataset))
+            return replace(measured, size=parse_size(size)) if size else measured
+        if size is None:
+            raise ConfigError("plan: name a DATASET or a size, e.g. --size 64x512x512")
+        return cls(parse_size(size))
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Source:
+        """The largest training group, median spacing, number of groups. Raises InputError where there are none."""
+        groups = dataset.groups("train")
+        if not groups:
+            raise InputError(f"{dataset.folder}: no training groups; prepare more scans")
+        d, h, w = (max(sides) for sides in zip(*(group.shape for group in groups), strict=True))
+        x, y, z = (sorted(steps)[len(groups) // 2] for steps in zip(*(group.spacing_mm for group in groups), strict=True))
+        return cls((d, h, w), (x, y, z), len(groups))
+
+
+def plan(
+    method: str,
+    size: Size3,
+    memory_gb: float | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    spacing_mm: tuple[float, float, float] | None = None,
+    groups: int = 0,
+) -> Plan:
+    """The first settings that fit `memory_gb` (none: of this machine), as asked if possible.
+
+    `spacing_mm` (x y z) chooses wavelet3d's strides; without it they are the recipe's. Raises DoesNotFit, in one line
+    with the need and the nearest thing that fits, and ConfigError for an unknown method or setting.
+    """
+    found = weigh(method, Source(size, spacing_mm, groups), memory_gb, overrides)
+    if not found.fits:
+        raise DoesNotFit(found.note)
+    return found
+
+
+def weigh(method: str, source: Source, memory_gb: float | None = None, overrides: Sequence[str] = ()) -> Plan:
+    """As `plan`, but where nothing fits the plan of what was asked, with `fits` false and the refusal as its note."""
+    return _Search(method, source, memory_gb or machine_memory_gb(), tuple(overrides)).best()
+
+
+def machine_memory_gb() -> float:
+    """The CUDA card's memory, or what is available of the machine's."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.get_device_properties(0).total_memory / GB, 1)
+    return round(psutil.virtual_memory().available / GB, 1)
+
+
+def this_device() -> Literal["cpu", "cuda"]:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# --- plan.yaml -----------------------------------------------------------------------------------------------------------
+
+
+def write_plan(found: Plan, path: Path) -> None:
+    """Write plan.yaml. Raises InputError when it cannot be written."""
+    files.write_text(path, as_yaml(found))
+
+
+def plan_overrides(path: Path | str) -> list[str]:
+    """The settings of a plan.yaml as `key=value`, for `load_recipe`. Raises ConfigError."""
+    return [f"{key}={flow(value)}" for key, value in _read_plan(path).items() if key != "method"]
+
+
+def plan_method(path: Path | str) -> str:
+    """The method that a plan.yaml is for. Raises ConfigError."""
+    return str(_read_plan(path)["method"])
+
+
+def _read_plan(path: Path | str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as a plan ({str(error).splitlines()[0]})") from error
+    if not isinstance(tree, dict) or "method" not in tree or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(f"{path}: not a plan; it has a line `method: NAME` and lines `key: value` as for --set")
+    return tree
+
+
+# --- the search ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to need less: in words, and as settings."""
+
+    label: str
+    changes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Search:
+    method: str
+    source: Source
+    memory_gb: float
+    asked: tuple[str, ...]
+
+    def best(self) -> Plan:
+        base = self._base()
+        asked = load_recipe(self.method, base)
+        tried = [(Option("the settings as they are", ()), dry.training(asked, self._kernels))]
+        chosen = tried[0] if self._fits(tried[0][1].peak) else None
+        for option in self._options(asked) if chosen is None else ():
+            cfg = load_recipe(self.method, (*base, *option.changes))
+            if not self._promising(cfg, asked, tried[0][1]):
+                continue
+            tried.append((option, dry.training(cfg, self._kernels)))
+            if self._fits(tried[-1][1].peak):
+                chosen = chosen or (tried[-1] if self._free(option) else None)
+                if cfg.data.patch != asked.data.patch:
+                    break  # what is smaller still is of no interest
+        return self._plan(base, tried, chosen)
+
+    @property
+    def _kernels(self) -> Kernels:
+        return Kernels(this_device(), torch.get_num_threads())
+
+    def _base(self) -> tuple[str, ...]:
+        """What was asked, made definite: strides from the spacing, shape on the grid."""
+        settings = self.asked
+        cfg = load_recipe(self.method, settings)
+        if isinstance(cfg.model, Wavelet3D) and self.source.spacing_mm and "model.strides" not in self._pinned:
+            strides = strides_for(self.source.spacing_mm, self.source.size, len(cfg.model.strides))
+            if strides != cfg.model.strides:
+                settings = (*settings, f"model.strides={[list(step) for step in strides]}")
+                cfg = load_recipe(self.method, settings)
+        shape = intensity.multiple_above(cfg.data.shape or self.source.size, latent_grid(cfg))
+        return (*settings, f"data.shape={list(shape)}")
+
+    @property
+    def _pinned(self) -> set[str]:
+        return {text.partition("=")[0] for text in self.asked}
+
+    def _free(self, option: Option) -> bool:
+        """Whether an option changes nothing that the caller has set."""
+        return not self._pinned & {change.partition("=")[0] for change in option.changes}
+
+    def _options(self, cfg: Config) -> Iterator[Option]:
+        """Ways to need less than what was asked, down to the least there is."""
+        less: tuple[str, ...] = ()
+        least_batch = 2 if cfg.model.kind == "conv3d" else 1  # its BatchNorm needs more than one volume
+        if cfg.autoencoder.batch > least_batch:
+            less = (f"autoencoder.batch={least_batch}",)
+            yield Option(f"a batch of {least_batch}", less)
+        if not isinstance(cfg.model, Wavelet3D):
+            return
+        if not cfg.model.checkpointing:
+            yield Option("checkpointing", (*less, "model.checkpointing=true"))
+        patches = list(smaller(dry.step_shape(cfg), cfg.model.grid))
+        for patch in patches:
+            yield Option(f"patches of {written(patch)}", (*less, f"data.patch={list(patch)}"))
+        if patches and not cfg.model.checkpointing:
+            both = (*less, "model.checkpointing=true", f"data.patch={list(patches[-1])}")
+            yield Option(f"patches of {written(patches[-1])} and checkpointing", both)
+
+    def _promising(self, cfg: Config, asked: Config, cost: TrainingCost) -> bool:
+        """Whether smaller volumes may fit, were all but weights and the like in proportion to them; spares most dry runs."""
+        share = math.prod(dry.step_shape(cfg)) / math.prod(dry.step_shape(asked))
+        scaled = (cost.activations + cost.workspace) * share
+        return share == 1 or self._fits((cost.phases["step"] - cost.activations - cost.workspace + scaled) / 1.2)
+
+    def _fits(self, peak: float) -> bool:
+        return peak / GB <= self.memory_gb * (1 - KEPT_FREE)
+
+    # --- the plan from what was found ------------------------------------------------------------------------------------
+
+    def _plan(self, base: tuple[str, ...], tried: list, chosen: tuple[Option, TrainingCost] | None) -> Plan:
+        option, cost = chosen or tried[0]
+        cfg = load_recipe(self.method, (*base, *option.changes))
+        use = self._use(cfg)
+        prior_batch, prior = self._prior(cfg)
+        changed = (f"prior.batch={prior_batch}",) if prior_batch != cfg.prior.batch else ()
+        fits = chosen is not None and self._fits(max(use.encoding, use.decoding, *prior.values()))
+        return Plan(
+            method=self.method,
+            size=self.source.size,
+            padded=dry.whole(cfg),
+            memory_gb=self.memory_gb,
+            device=this_device(),
+            fits=fits,
+            as_asked=fits and not option.changes and not changed,
+            note=self._note(tried, chosen) if fits or chosen is None else self._note_on_use(use, prior),
+            train_peak_gb=_gb(cost.peak),
+            prior_peak_gb=_gb(max(prior.values())),
+            encode_peak_gb=_gb(use.encoding),
+            decode_peak_gb=_gb(use.decoding),
+            parameters=cost.parameters,
+            gflop_per_step=round(cost.flops / 1e9, 1),
+            plan=_chosen(cfg, use.tile, prior_batch),
+            overrides=_definite((*base, *option.changes, *changed), cfg),
+            step_gb=_parts(cost),
+            train_phases_gb={name: _gb(peak) for name, peak in cost.phases.items()},
+            prior_phases_gb={name: _gb(peak) for name, peak in prior.items()},
+            stages=tuple(dry.stages(cfg, dry.step_shape(cfg))),
+        )
+
+    def _use(self, cfg: Config) -> Use:
+        """Encoding and decoding by the largest tile that fits, or the smallest there is."""
+        tiles = [TILE_VOXELS, *smaller(TILE_VOXELS, cfg.model.grid, SMALLEST_TILE)]
+        if not isinstance(cfg.model, Wavelet3D):
+            tiles = tiles[:1]
+        for tile in tiles:
+            size = dry.whole(cfg)
+            use = Use(tile, *(peak(cfg, size, tile, self._kernels) for peak in (dry.encoding, dry.decoding)))
+            if self._fits(max(use.encoding, use.decoding)):
+                break
+        return use
+
+    def _prior(self, cfg: Config) -> tuple[int, dict[str, int]]:
+        """The prior's batch, halved until it fits, and its peaks by phase: linear in the batch."""
+
+        def peaks(batch: int) -> dict[str, int]:
+            settled = cfg.model_copy(update={"prior": cfg.prior.model_copy(update={"batch": batch})})
+            return dry.prior(settled, self.source.groups, self._kernels)
+
+        batch = whole = cfg.prior.batch
+        largest = phases = peaks(whole)
+        if self._fits(max(phases.values())) or batch == 1 or "prior.batch" in self._pinned:
+            return batch, phases
+        smallest = peaks(1)
+        while batch > 1 and not self._fits(max(phases.values())):
+            batch //= 2
+            share = (batch - 1) / (whole - 1)
+            phases = {name: round(low + share * (largest[name] - low)) for name, low in smallest.items()}
+        return batch, phases
+
+    # --- in words --------------------------------------------------------------------------------------------------------
+
+    def _note(self, tried: list[tuple[Option, TrainingCost]], chosen: tuple[Option, TrainingCost] | None) -> str:
+        asked = tried[0][1].peak
+        if chosen is tried[0]:
+            return f"fits: training needs {asked / GB:.1f} GB of {self.memory_gb:g}"
+        need = f"needs {asked / GB:.1f} GB of {self.memory_gb:g}"
+        fitting = [f"{option.label} ({cost.peak / GB:.1f} GB)" for option, cost in tried[1:] if self._fits(cost.peak)]
+        if not fitting:
+            return f"{self.method} on {written(self.source.size)} {need}; {self._nearest_size(tried)}"
+        note = f"{need}; fits with {' or '.join(fitting)}"
+        if chosen is None:
+            return f"{self.method} on {written(self.source.size)} {note}; leave out the --set that forbids it"
+        return f"{note}; planned with {chosen[0].label}"
+
+    def _nearest_size(self, tried: list[tuple[Option, TrainingCost]]) -> str:
+        """The largest smaller group that fits with the settings as asked, or the least that was seen."""
+        asked = load_recipe(self.method, self._base())
+        for size in smaller(dry.whole(asked), latent_grid(asked), latent_grid(asked)):
+            try:
+                cfg = load_recipe(self.method, (*self._base(), f"data.shape={list(size)}"))
+                if self._promising(cfg, asked, tried[0][1]):
+                    cost = dry.training(cfg, self._kernels)
+                    if self._fits(cost.peak):
+                        return f"fits on {written(size)} ({cost.peak / GB:.1f} GB)"
+            except ConfigError:  # too small for the method
+                break
+        option, cost = min(tried, key=lambda pair: pair[1].peak)
+        return f"the least is {cost.peak / GB:.1f} GB, with {option.label}"
+
+    def _note_on_use(self, use: Use, prior: dict[str, int]) -> str:
+        needs = {"encoding": use.encoding, "decoding": use.decoding, "training the prior": max(prior.values())}
+        name, peak = max(needs.items(), key=lambda pair: pair[1])
+        fitting = max(prior, key=lambda phase: prior[phase]) == "fitting"
+        remedy = "fewer groups or prior.encodings=1" if fitting else "a smaller size"
+        where = f"{self.method} on {written(self.source.size)}"
+        return f"{where}: {name} needs {peak / GB:.1f} GB of {self.memory_gb:g}; try {remedy}"
+
+
+@dataclass(frozen=True)
+class Use:
+    """Peaks of encoding and decoding by tiles of `tile` voxels."""
+
+    tile: Size3
+    encoding: int
+    decoding: int
+
+
+def _chosen(cfg: Config, tile: Size3, prior_batch: int) -> dict[str, Any]:
+    tiled = isinstance(cfg.model, Wavelet3D)
+    return {
+        "whole_volume": cfg.data.patch is None,
+        "patch": cfg.data.patch,
+        "batch": cfg.autoencoder.batch,
+        "checkpointing": isinstance(cfg.model, Wavelet3D) and cfg.model.checkpointing,
+        "precision": cfg.autoencoder.precision,
+        "strides": cfg.model.strides if isinstance(cfg.model, Wavelet3D) else None,
+        "prior_batch": prior_batch,
+        "decode_tile": tile if tiled else dry.whole(cfg),
+    }
+
+
+def _definite(settings: tuple[str, ...], cfg: Config) -> tuple[str, ...]:
+    """`settings`, and the ones a person may want to edit spelled out; the last of equal keys wins."""
+    spelled = {
+        "data.patch": "null" if cfg.data.patch is None else str(list(cfg.data.patch)),
+        "autoencoder.batch": str(cfg.autoencoder.batch),
+        "autoencoder.precision": cfg.autoencoder.precision,
+    }
+    if isinstance(cfg.model, Wavelet3D):
+        spelled["model.checkpointing"] = str(cfg.model.checkpointing).lower()
+    given = {key: text for key, _, text in (setting.partition("=") for setting in settings)}
+    return tuple(f"{key}={text}" for key, text in {**spelled, **given}.items())
+
+
+def _parts(cost: TrainingCost) -> dict[str, float]:
+    names = ("weights", "gradients", "optimizer", "average", "activations", "workspace")
+    return {name: _gb(getattr(cost, name)) for name in names}
+
+
+def _gb(count: int) -> float:
+    return round(count / GB, 3)

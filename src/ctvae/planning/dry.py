@@ -1,0 +1,319 @@
+"""Dry runs: what training, encoding, decoding and the prior hold at their worst moment, phase by phase.
+
+Each repeats on fake tensors what the loop of that name does for real (`training/autoencoder.py`, `training/prior.py`,
+`model.py`), through the same networks, losses and optimisers. Shapes: D H W voxels; sizes in bytes unless named otherwise.
+
+On a CPU the arrays around the network share its memory and are added in bytes per voxel; on CUDA they lie elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ctvae.checkpoint import EMA
+from ctvae.config import Config, Prior, Size3, Training, Wavelet3D
+from ctvae.device import generator
+from ctvae.latents import LatentCode, LatentSet
+from ctvae.models import build
+from ctvae.models.wavelet3d import halo
+from ctvae.planning.ledger import Ledger, dry_run, tensor_bytes, to_channels_last
+from ctvae.planning.workspace import Kernels
+from ctvae.training.autoencoder import VALIDATION_GROUPS, Objective
+from ctvae.training.groups import CONDITIONS
+from ctvae.training.optimizer import build_optimizer
+from ctvae.training.prior import Conditioning, FlowObjective, build_velocities, flow_batches
+
+FLOAT32 = 4
+INT16 = 2
+LOADING = 2 * FLOAT32 + 2 * INT16  # per voxel of a group: in HU, fitted, and as float32 before and after augmentation
+TO_HU = 2 * FLOAT32 + INT16  # per voxel: two float32 copies, or the last of them and the result
+SVD_COPIES = 5  # of [groups x numbers] in float32: means, variances, centred rows, LAPACK's order of them, directions
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """Of the autoencoder's training. `phases` are peaks; the rest says what the step's peak is made of."""
+
+    phases: dict[str, int]
+    parameters: int  # how many
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int  # held between forward and backward pass, input included
+    flops: int  # of one step, optimiser included
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    @property
+    def workspace(self) -> int:
+        """What the step's peak holds beside the named: gradients of activations, temporaries, kernels' workspace."""
+        return max(0, self.phases["step"] - self.weights - self.gradients - self.optimizer - self.average - self.activations)
+
+
+def training(cfg: Config, kernels: Kernels) -> TrainingCost:
+    """A step of `train_autoencoder` as it is after the first, and what happens between steps. Raises DoesNotFit, ConfigError."""
+    settings, shape = cfg.autoencoder, whole(cfg)
+    with dry_run(kernels) as ledger:
+        network = _network(cfg, shape)
+        ema = EMA(network, settings.ema_decay)
+        optimizer = _after_a_step(network, settings)
+        standing = ledger.live_bytes
+        objective = Objective(network, settings, cfg.data.window_hu)
+
+        ledger.since()
+        flops_before = ledger.flops
+        x = torch.empty(settings.batch, 1, *step_shape(cfg))  # [B 1 D H W]
+        with _autocast(cfg):
+            terms = objective(x, generator(0, 0))
+        activations = ledger.live_bytes - standing
+        _descend(sum(terms.values()), network, optimizer, ema, settings)
+        step, flops = ledger.since(), ledger.flops - flops_before
+
+        between = ledger.live_bytes
+        validation = _validation(network, ema, cfg, ledger)
+        phases = {"step": step, "validation": validation}
+        if kernels.device == "cpu":
+            voxels = math.prod(shape)
+            phases["loading"] = between + voxels * (settings.batch * FLOAT32 + LOADING)
+            phases["validation"] = max(validation, between + voxels * (2 * FLOAT32 + TO_HU + 2 * VALIDATION_GROUPS * INT16))
+            phases["saving"] = between + _copied_to_save(network, ema, optimizer)
+        return TrainingCost(
+            phases=phases,
+            parameters=sum(p.numel() for p in network.parameters()),
+            weights=tensor_bytes(list(network.parameters()) + list(network.buffers())),
+            gradients=tensor_bytes([p.grad for p in network.parameters()]),
+            optimizer=tensor_bytes(optimizer.state_dict()["state"]),
+            average=tensor_bytes(ema.weights),
+            activations=activations,
+            flops=flops,
+        )
+
+
+def encoding(cfg: Config, size: Size3, tile: Size3, kernels: Kernels) -> int:
+    """Peak of `Model.encode` on a scan of `size`, by tiles of `tile` voxels where the method has them."""
+    with dry_run(kernels) as ledger, torch.no_grad():
+        network = _frozen(cfg)
+        read = _tile_read(cfg, size, tile)
+        ledger.since()
+        with _autocast(cfg):
+            mean, logvar = network.encode(torch.empty(1, 1, *read))
+        moments = torch.cat((mean, logvar), dim=1).float()
+        numbers = moments.numel() * math.prod(size) // math.prod(read)  # halos count twice: a little too many
+        peak = ledger.since()
+    around = math.prod(size) * (FLOAT32 + 2 * INT16) - math.prod(read) * FLOAT32 + 2 * numbers * FLOAT32
+    return peak + (max(0, around) if kernels.device == "cpu" else 0)
+
+
+def decoding(cfg: Config, size: Size3, tile: Size3, kernels: Kernels) -> int:
+    """Peak of `Model.decode` to a scan of `size`, then of turning it into HU."""
+    with dry_run(kernels) as ledger, torch.no_grad():
+        network = _frozen(cfg)
+        standing = ledger.live_bytes
+        read = _tile_read(cfg, size, tile)
+        z = torch.empty(1, *_latent_shape(cfg, network, read))
+        ledger.since()
+        with _autocast(cfg):
+            network.decode(z).float()
+        peak = ledger.since()
+    if kernels.device == "cuda":
+        return peak
+    whole_volume = math.prod(size) * FLOAT32
+    return max(peak + whole_volume, standing + whole_volume + math.prod(size) * TO_HU)
+
+
+def prior(cfg: Config, groups: int, kernels: Kernels) -> dict[str, int]:
+    """Peaks of `train_prior` by phase: encoding the training groups, fitting to their latents, then a step of each network.
+
+    `groups` in training; 0 where that is not known, and the latents are then not counted.
+    """
+    latent_shape = _latent_shape(cfg, _shapes_only(cfg), whole(cfg))
+    phases = {"encoding": _encoding_groups(cfg, kernels)}
+    with dry_run(kernels) as ledger:
+        latents = _latents(max(2, groups * cfg.prior.encodings), latent_shape)
+        stored = ledger.live_bytes
+        ledger.since()
+        code = LatentCode.fit(latents)
+        phases["fitting"] = max(ledger.since(), stored + groups * math.prod(latent_shape) * SVD_COPIES * FLOAT32)
+        conditioning = Conditioning.fit(latents.conditions)
+        for name, network in build_velocities(cfg.prior, code, latent_shape, len(CONDITIONS)).items():
+            batches = flow_batches(name, cfg, code, conditioning)
+            phases[name] = _flow_step(name, network, lambda make=batches: make(latents, 0), cfg.prior, ledger)
+    return phases
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One layer or residual block of the autoencoder in use, on one group."""
+
+    name: str
+    shape: tuple[int, ...]  # of its output, [B C ...]
+    parameters: int
+    gflop: float
+
+
+def stages(cfg: Config, size: Size3) -> list[Stage]:
+    """The autoencoder's layers and blocks in the order in which encoding and decoding one group of `size` runs them."""
+    table: list[Stage] = []
+    with dry_run(Kernels()) as ledger, torch.no_grad():
+        network = _frozen(cfg)
+        for name, module in _layers_and_blocks(network):
+            _tabulate(name, module, ledger, table)
+        with _autocast(cfg):
+            mean, _ = network.encode(torch.empty(1, 1, *size))
+            network.decode(mean)
+    return table
+
+
+def whole(cfg: Config) -> Size3:
+    """D H W of a training group; the planner has filled it in."""
+    assert cfg.data.shape is not None
+    return cfg.data.shape
+
+
+def step_shape(cfg: Config) -> Size3:
+    """D H W of what one training step sees: the patch, or the whole group."""
+    d, h, w = (min(pair) for pair in zip(cfg.data.patch or whole(cfg), whole(cfg), strict=True))
+    return d, h, w
+
+
+# --- the networks --------------------------------------------------------------------------------------------------------
+
+
+def _network(cfg: Config, shape: Size3) -> nn.Module:
+    network = build(cfg.model, shape)
+    return to_channels_last(network) if cfg.model.kind in ("wavelet3d", "conv3d") else network
+
+
+def _frozen(cfg: Config) -> nn.Module:
+    return _network(cfg, whole(cfg)).eval().requires_grad_(False)
+
+
+def _shapes_only(cfg: Config) -> nn.Module:
+    with dry_run(Kernels()):
+        return build(cfg.model, whole(cfg))
+
+
+def _latent_shape(cfg: Config, network: nn.Module, size: Size3) -> tuple[int, ...]:
+    if not isinstance(cfg.model, Wavelet3D):
+        return network.latent_shape  # type: ignore[return-value]
+    return cfg.model.latent_channels, *(side // step for side, step in zip(size, cfg.model.grid, strict=True))
+
+
+def _autocast(cfg: Config) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=cfg.autoencoder.precision == "bf16")
+
+
+def _tile_read(cfg: Config, size: Size3, tile: Size3) -> Size3:
+    """Voxels of the largest tile with its halo; the other methods take a group at a time."""
+    if not isinstance(cfg.model, Wavelet3D):
+        return whole(cfg)
+    axes = zip(size, tile, cfg.model.grid, halo(cfg.model), strict=True)
+    d, h, w = (min(side // step, max(1, kept // step) + 2 * reach) * step for side, kept, step, reach in axes)
+    return d, h, w
+
+
+# --- training ------------------------------------------------------------------------------------------------------------
+
+
+def _after_a_step(network: nn.Module, settings: Training) -> torch.optim.Optimizer:
+    """The optimiser with its state, and gradients, as the step before leaves them."""
+    optimizer = build_optimizer(network, settings)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def _descend(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, settings: Training) -> None:
+    """From the loss to the averaged weights, in the loops' order: the old gradients are there during the forward pass."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
+    optimizer.step()
+    ema.update(network, 0)
+
+
+def _validation(network: nn.Module, ema: EMA, cfg: Config, ledger: Ledger) -> int:
+    """`validate` encodes and decodes whole groups at once, beside everything that training holds."""
+    ledger.since()
+    with ema.applied_to(network), torch.no_grad():
+        x = torch.empty(1, 1, *whole(cfg))
+        with _autocast(cfg):
+            y = network.decode(network.encode(x)[0]).float().clamp(-1, 1)
+        (y - x).square().mean()
+    return ledger.since()
+
+
+def _copied_to_save(network: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
+    """Tensors that are laid out channels-last are copied to be written."""
+    saved = [*network.parameters(), *ema.weights.values()]
+    saved += [value for state in optimizer.state.values() for value in state.values()]
+    return tensor_bytes([tensor for tensor in saved if not tensor.is_contiguous()])
+
+
+# --- the prior -----------------------------------------------------------------------------------------------------------
+
+
+def _encoding_groups(cfg: Config, kernels: Kernels) -> int:
+    """`encode_groups`: whole groups, in PyTorch's plain layout."""
+    with dry_run(kernels) as ledger, torch.no_grad():
+        network = build(cfg.model, whole(cfg)).eval()
+        with _autocast(cfg):
+            network.encode(torch.empty(1, 1, *whole(cfg)))
+        return ledger.since()
+
+
+def _latents(count: int, latent_shape: tuple[int, ...]) -> LatentSet:
+    moments = [torch.empty(count, *latent_shape, dtype=torch.float16) for _ in range(2)]
+    return LatentSet(*moments, torch.empty(count, len(CONDITIONS)), [""] * count)
+
+
+def _flow_step(name: str, network: nn.Module, batch: Callable, settings: Prior, ledger: Ledger) -> int:
+    """One step of `train_flow` after the first; the networks before it stay in memory."""
+    if name != "vector":
+        to_channels_last(network)
+    ema = EMA(network, settings.ema_decay)
+    optimizer = _after_a_step(network, settings)
+    ledger.since()
+    data = batch()
+    with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
+        loss = FlowObjective(network)(data, generator(0, 0)).mean()
+    _descend(loss, network, optimizer, ema, settings)
+    optimizer.zero_grad(set_to_none=True)
+    return ledger.since()
+
+
+# --- the table of stages -------------------------------------------------------------------------------------------------
+
+
+def _layers_and_blocks(module: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
+    """Modules with parameters: blocks made of layers alone, and layers that are in no block."""
+    found: list[tuple[str, nn.Module]] = []
+    for key, child in module.named_children():
+        path = f"{name}.{key}".lstrip(".")
+        grandchildren = list(child.children())
+        block = not isinstance(child, nn.ModuleList | nn.Sequential) and not any(any(g.children()) for g in grandchildren)
+        if not grandchildren or (block and name):
+            found += [(path, child)] if any(True for _ in child.parameters()) else []
+        else:
+            found += _layers_and_blocks(child, path)
+    return found
+
+
+def _tabulate(name: str, module: nn.Module, ledger: Ledger, table: list[Stage]) -> None:
+    begun: list[int] = []
+    module.register_forward_pre_hook(lambda _, inputs: begun.append(ledger.flops))
+
+    def note(_: nn.Module, inputs: tuple, out: Tensor) -> None:
+        gflop = (ledger.flops - begun.pop()) / 1e9
+        table.append(Stage(name, tuple(out.shape), sum(p.numel() for p in module.parameters()), round(gflop, 3)))
+
+    module.register_forward_hook(note)

@@ -1,0 +1,159 @@
+"""Latents to unit variance and back, and posterior samples, against moments that are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ctvae.errors import ModelError
+from ctvae.latents import LatentCode, LatentSet, pyramid_steps
+
+GROUPS = 60
+
+
+def spatial_latents(posterior_std: float = 0.5) -> LatentSet:
+    """Smooth maps plus noise, channels of unequal offset and scale: [N 3 4 6 8]."""
+    random = torch.Generator().manual_seed(0)
+    smooth = torch.randn(GROUPS, 3, 2, 3, 4, generator=random).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    smooth = smooth.repeat_interleave(2, 4) + 0.1 * torch.randn(GROUPS, 3, 4, 6, 8, generator=random)
+    offset, scale = torch.tensor([5.0, -2.0, 0.0]), torch.tensor([3.0, 0.2, 1.0])
+    wide = scale.view(1, 3, 1, 1, 1)
+    means = smooth * wide + offset.view(1, 3, 1, 1, 1)
+    logvars = (2 * (posterior_std * wide).log()).expand_as(means)
+    return LatentSet(means, logvars, torch.zeros(GROUPS, 3), [f"g{i}" for i in range(GROUPS)])
+
+
+def vector_latents() -> LatentSet:
+    """2 vectors of 5 numbers per group, every number with its own moments."""
+    random = torch.Generator().manual_seed(1)
+    scale = torch.rand(2, 5, generator=random) * 4 + 0.1
+    means = (torch.randn(400, 2, 5, generator=random) + 3) * scale
+    logvars = (scale.square() * 0.3).log().expand_as(means)
+    return LatentSet(means, logvars, torch.zeros(400, 3), [f"g{i}" for i in range(400)])
+
+
+def sampled(latents: LatentSet, times: int = 4) -> torch.Tensor:
+    random = torch.Generator().manual_seed(2)
+    return torch.cat([latents.posterior_sample(list(range(len(latents))), random) for _ in range(times)])
+
+
+@pytest.mark.parametrize("posterior_std", [0.01, 0.5, 2.0])
+def test_coarse_and_detail_of_samples_have_unit_variance(posterior_std):
+    latents = spatial_latents(posterior_std)
+    coarse, detail = LatentCode.fit(latents).encode(sampled(latents))
+    assert coarse.shape == (4 * GROUPS, 3, 2, 3, 4)
+    assert detail is not None
+    assert detail.shape == (4 * GROUPS, 21, 2, 3, 4)
+    torch.testing.assert_close(coarse.mean((0, 2, 3, 4)), torch.zeros(3), rtol=0, atol=0.05)
+    torch.testing.assert_close(coarse.std((0, 2, 3, 4)), torch.ones(3), rtol=0, atol=0.03)
+    torch.testing.assert_close(detail.std((0, 2, 3, 4)), torch.ones(21), rtol=0, atol=0.03)
+
+
+def test_vectors_of_samples_have_unit_variance():
+    latents = vector_latents()
+    flat, detail = LatentCode.fit(latents).encode(sampled(latents, 8))
+    assert detail is None
+    assert flat.shape == (3200, 10)
+    torch.testing.assert_close(flat.mean(0), torch.zeros(10), rtol=0, atol=0.08)
+    torch.testing.assert_close(flat.std(0), torch.ones(10), rtol=0, atol=0.06)
+
+
+def test_the_coarse_latents_are_block_means():
+    latents = spatial_latents()
+    code = LatentCode.fit(latents)
+    coarse, _ = code.encode(latents.means)
+    blocks = torch.nn.functional.avg_pool3d(latents.means, 2).transpose(0, 1).flatten(1)
+    for channel in range(3):
+        both = torch.stack((coarse[:, channel].flatten(), blocks[channel]))
+        assert torch.corrcoef(both)[0, 1].item() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("latents", [spatial_latents(), vector_latents()], ids=["spatial", "vector"])
+def test_decode_is_the_inverse_of_encode(latents):
+    code = LatentCode.fit(latents)
+    z = sampled(latents, 1).double()
+    torch.testing.assert_close(code.decode(*code.encode(z)), z, rtol=1e-6, atol=1e-6)
+
+
+def test_a_code_of_stored_tensors_is_the_same():
+    latents = spatial_latents()
+    code = LatentCode.fit(latents)
+    assert set(code.tensors) == set(LatentCode.NAMES)
+    again = LatentCode({name: value.clone() for name, value in code.tensors.items()}, code.steps)
+    for first, second in zip(code.encode(latents.means), again.encode(latents.means), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_one_group_without_variance_does_not_divide_by_zero():
+    still = torch.zeros(1, 2, 4, 4, 4)
+    code = LatentCode.fit(LatentSet(still, still - 30, torch.zeros(1, 3), ["g"]))
+    coarse, detail = code.encode(still)
+    assert coarse.isfinite().all()
+    assert detail is not None
+    assert detail.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "steps"),
+    [((16, 20, 32), (2, 2, 2)), ((8, 9, 10), (2, 1, 2)), ((2, 4, 3), (1, 2, 1)), ((1, 1, 1), (1, 1, 1))],
+    ids=str,
+)
+def test_axes_are_halved_where_they_are_even_and_long_enough(sizes, steps):
+    assert pyramid_steps(sizes) == steps
+
+
+def test_odd_axes_stay_whole():
+    random = torch.Generator().manual_seed(3)
+    means = torch.randn(20, 2, 4, 5, 6, generator=random)
+    code = LatentCode.fit(LatentSet(means, means - 8, torch.zeros(20, 3), ["g"] * 20))
+    coarse, detail = code.encode(means)
+    assert detail is not None
+    assert (coarse.shape[1:], detail.shape[1:]) == ((2, 2, 5, 3), (6, 2, 5, 3))
+    torch.testing.assert_close(code.decode(coarse, detail), means)
+
+
+def test_posterior_samples_have_the_posteriors_moments():
+    mean, std = torch.tensor([[-3.0, 0.0, 5.0]]), torch.tensor([[0.1, 1.0, 4.0]])
+    latents = LatentSet(mean.half(), (2 * std.log()).half(), torch.zeros(1, 3), ["g"])
+    draws = latents.posterior_sample([0] * 20_000, torch.Generator().manual_seed(4))
+    assert draws.dtype == torch.float32
+    assert ((draws.mean(0) - mean[0]).abs() < 5 * std[0] / math.sqrt(20_000)).all()
+    torch.testing.assert_close(draws.std(0), std[0], rtol=0.03, atol=0)
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    latents = spatial_latents()
+    z, _ = latents.batch(4, seed=0, step=3)
+    assert torch.equal(latents.batch(4, seed=0, step=3)[0], z)
+    assert not torch.equal(latents.batch(4, seed=0, step=4)[0], z)
+    assert not torch.equal(latents.batch(4, seed=1, step=3)[0], z)
+
+
+def test_an_epoch_of_batches_holds_every_group_once():
+    numbers = torch.arange(12.0)[:, None]
+    latents = LatentSet(numbers, numbers * 0 - 30, numbers, [f"g{i}" for i in range(12)])
+    for epoch in range(3):
+        told = torch.cat([latents.batch(4, seed=5, step=3 * epoch + step)[1] for step in range(3)])
+        assert sorted(told.flatten().tolist()) == list(range(12))
+
+
+def test_noise_is_fresh_each_time_a_group_is_seen():
+    latents = LatentSet(torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(1, 3), ["g"])
+    draws = torch.cat([latents.batch(1, seed=0, step=step)[0] for step in range(50)])
+    assert len(draws.unique()) == 200
+
+
+def test_latents_come_back_from_their_file(tmp_path):
+    latents = spatial_latents()
+    latents.save(tmp_path / "latents.safetensors")
+    again = LatentSet.load(tmp_path / "latents.safetensors")
+    assert again.groups == latents.groups
+    for name in ("means", "logvars", "conditions"):
+        assert torch.equal(getattr(again, name), getattr(latents, name))
+
+
+def test_a_missing_latents_file_is_one_line(tmp_path):
+    with pytest.raises(ModelError, match=r"latents\.safetensors: not a ctvae weights file or damaged"):
+        LatentSet.load(tmp_path / "latents.safetensors")

@@ -1,0 +1,288 @@
+"""Training in one go against training that was stopped and resumed, bit for bit; batches as functions of (seed, step)."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ctvae import runlog
+from ctvae.checkpoint import Checkpoints, load
+from ctvae.config import Data, load_config, load_recipe
+from ctvae.dataset import Dataset
+from ctvae.errors import ConfigError, ModelError, TrainingDiverged
+from ctvae.latents import LatentCode, LatentSet
+from ctvae.training import autoencoder, prior
+from ctvae.training.groups import TrainingGroups, training_shape
+from ctvae.training.train import train
+
+SHAPE = (64, 32, 32)
+
+
+class Stopped(Exception):
+    """The machine went away."""
+
+
+def stop_at(monkeypatch, at: int) -> list[int]:
+    """Raise at step `at` of the autoencoder; returns the list of the steps whose batch was asked for."""
+    asked: list[int] = []
+    plain = TrainingGroups.batch
+
+    def stopping(self, batch, seed, step):
+        asked.append(step)
+        if step == at:
+            raise Stopped
+        return plain(self, batch, seed, step)
+
+    monkeypatch.setattr(TrainingGroups, "batch", stopping)
+    return asked
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a finished run."""
+    files = sorted(run.glob("*.safetensors"))
+    assert len(files) >= 6  # autoencoder, latents of two splits, four priors, less what is not there
+    return {f"{path.stem}/{name}": value for path in files for name, value in load(path)[0].items()}
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys()
+    different = [name for name, value in one.items() if not torch.equal(value, other[name])]
+    assert different == []
+
+
+def losses(run: Path, name: str) -> list[tuple[str, str]]:
+    with (run / "logs" / f"{name}.csv").open(newline="") as file:
+        return [(row["step"], row["loss"]) for row in csv.DictReader(file)]
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def test_a_resumed_autoencoder_is_bit_equal(tiny_dataset, tiny_run, tiny_settings, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(Stopped):
+            train(tiny_dataset, tmp_path, overrides=tiny_settings)
+    assert [path.stem for path in Checkpoints(tmp_path / "checkpoints", "autoencoder").paths()] == [
+        "autoencoder-00000002", "autoencoder-00000004",
+    ]  # fmt: skip
+    with monkeypatch.context() as patch:
+        asked = stop_at(patch, -1)
+        train(tiny_dataset, tmp_path, overrides=tiny_settings)
+    assert asked == [4, 5]  # what was done is not done again
+    assert_same_weights(tmp_path, tiny_run)
+    assert losses(tmp_path, "autoencoder") == losses(tiny_run, "autoencoder")
+
+
+@pytest.mark.parametrize(("stage", "step", "left"), [("coarse", 3, [2, 3, 4, 5]), ("detail", 2, [2])])
+def test_a_resumed_flow_is_bit_equal(tiny_dataset, tiny_run, tiny_settings, tmp_path, monkeypatch, stage, step, left):
+    run = tmp_path / "run"
+    begun(tiny_run, run)
+    with monkeypatch.context() as patch:
+        stop_in_flow(patch, stage, step)
+        with pytest.raises(Stopped):
+            train(tiny_dataset, run, overrides=tiny_settings)
+    with monkeypatch.context() as patch:
+        asked = stop_in_flow(patch, "none", 0)
+        train(tiny_dataset, run, overrides=tiny_settings)
+    assert [number for name, number in asked if name == stage] == left
+    assert_same_weights(run, tiny_run)
+    assert losses(run, stage) == losses(tiny_run, stage)
+
+
+def begun(finished: Path, run: Path) -> None:
+    """A copy of a finished run as it was before its prior."""
+    shutil.copytree(finished, run)
+    for path in [*run.glob("prior-*"), *run.glob("latents*"), *run.glob("logs/*")]:
+        path.unlink()
+    text = (run / "run.json").read_text()
+    (run / "run.json").write_text(text.replace('"prior"', '"was prior"'))
+
+
+def stop_in_flow(monkeypatch, stage: str, at: int) -> list[tuple[str, int]]:
+    """Raise at step `at` of one of the flow's networks; returns the list of (network, step) of the training batches."""
+    asked: list[tuple[str, int]] = []
+    plain = prior.flow_batches
+
+    def wrapped(name, *arguments):
+        make = plain(name, *arguments)
+
+        def stopping(latents, step):
+            if len(set(latents.groups)) < len(latents):  # the held-out ones have one encoding each
+                asked.append((name, step))
+                if (name, step) == (stage, at):
+                    raise Stopped
+            return make(latents, step)
+
+        return stopping
+
+    monkeypatch.setattr(prior, "flow_batches", wrapped)
+    return asked
+
+
+def test_a_finished_run_is_left_alone(tiny_dataset, tiny_run, tiny_settings, monkeypatch):
+    def never(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(TrainingGroups, "batch", never)
+    monkeypatch.setattr(LatentSet, "batch", never)
+    before = stamps(tiny_run)
+    assert train(tiny_dataset, tiny_run, overrides=tiny_settings) == tiny_run
+    assert train(tiny_dataset, tiny_run, overrides=tiny_settings, minutes=1.0) == tiny_run
+    assert stamps(tiny_run) == before
+
+
+def test_a_finished_run_holds_what_the_formats_page_says(tiny_run):
+    names = {path.name for path in tiny_run.iterdir()}
+    assert {"config.yaml", "run.json", "autoencoder.safetensors", "latents.safetensors", "logs", "previews"} <= names
+    assert {f"prior-{name}.safetensors" for name in ("flow", "normal", "gaussian", "mixture")} <= names
+    assert list((tiny_run / "checkpoints").iterdir()) == []
+    _, meta = load(tiny_run / "autoencoder.safetensors")
+    assert (tuple(meta["shape"]), meta["steps"]) == (SHAPE, 6)
+    assert meta["config"] == load_config(tiny_run / "config.yaml").model_dump(mode="json")
+
+
+def test_the_stored_code_standardises_the_stored_latents(tiny_run):
+    tensors, _ = load(tiny_run / "prior-flow.safetensors")
+    fitted = LatentCode.fit(LatentSet.load(tiny_run / "latents.safetensors"))
+    for name in LatentCode.NAMES:
+        assert torch.equal(tensors[f"code.{name}"], fitted.tensors[name])
+
+
+def test_the_stages_apart_are_the_stages_together(tiny_dataset, tiny_run, tiny_settings, tmp_path):
+    train(tiny_dataset, tmp_path, stage="autoencoder", overrides=tiny_settings)
+    assert not list(tmp_path.glob("prior-*"))
+    train(tiny_dataset, tmp_path, stage="prior", overrides=tiny_settings)
+    assert_same_weights(tmp_path, tiny_run)
+
+
+def test_another_seed_is_another_network(tiny_dataset, tiny_run, tiny_settings, tmp_path):
+    train(tiny_dataset, tmp_path, stage="autoencoder", overrides=[*tiny_settings, "seed=1", "autoencoder.steps=1"])
+    name = "encoder.entries.0.weight"
+    first, second = (load(run / "autoencoder.safetensors")[0][name] for run in (tmp_path, tiny_run))
+    assert not torch.equal(first, second)
+
+
+def test_minutes_end_a_run_before_its_steps(tiny_dataset, tiny_settings, tmp_path, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(runlog.Clock, "seconds", property(lambda clock: 0.1 * next(ticks)))
+    long = [*tiny_settings, "autoencoder.steps=100000"]
+    run = train(tiny_dataset, tmp_path, stage="autoencoder", overrides=long, minutes=0.01)  # six ticks
+    assert 2 <= load(run / "autoencoder.safetensors")[1]["steps"] <= 6
+
+
+def refused(error: type[Exception], *arguments, **options) -> str:
+    with pytest.raises(error) as caught:
+        train(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_other_settings_are_refused_by_name(tiny_dataset, tiny_run, tiny_settings):
+    line = refused(ConfigError, tiny_dataset, tiny_run, overrides=[*tiny_settings, "autoencoder.lr=0.5"])
+    assert "autoencoder.lr: 0.0006 there, 0.5 now" in line
+
+
+def test_wrong_arguments_are_named(tiny_dataset, tmp_path):
+    out = tmp_path / "run"
+    assert "unknown stage 'piror'" in refused(ConfigError, tiny_dataset, out, stage="piror")
+    assert "minutes -1" in refused(ConfigError, tiny_dataset, out, minutes=-1)
+    assert "minutes 0" in refused(ConfigError, tiny_dataset, out, minutes=0)
+    assert "did you mean 'wavelet3d'?" in refused(ConfigError, tiny_dataset, out, method="wavelet")
+    assert not out.exists()
+
+
+def test_a_prior_needs_its_autoencoder(tiny_dataset, tiny_settings, tmp_path):
+    line = refused(ModelError, tiny_dataset, tmp_path, stage="prior", overrides=tiny_settings)
+    assert "no trained autoencoder yet" in line
+
+
+def test_divergence_is_told_and_never_saved(tiny_dataset, tiny_settings, tmp_path, monkeypatch):
+    plain = autoencoder.Objective.forward
+
+    def poisoned(self, x, random):
+        terms = plain(self, x, random)
+        return {**terms, "kl": terms["kl"] * (float("nan") if random.initial_seed() >= 3 * 31 else 1.0)}
+
+    monkeypatch.setattr(autoencoder.Objective, "forward", poisoned)  # from step 3 on
+    line = refused(TrainingDiverged, tiny_dataset, tmp_path, overrides=tiny_settings)
+    assert "loss is nan by step 4" in line
+    assert "--set autoencoder.lr=0.0002" in line
+    saved = Checkpoints(tmp_path / "checkpoints", "autoencoder").paths()
+    assert [path.stem for path in saved] == ["autoencoder-00000002"]
+    assert all(value.isfinite().all() for value in load(saved[0])[0].values())
+
+
+@pytest.fixture
+def dataset(tiny_dataset) -> Dataset:
+    return Dataset.open(tiny_dataset)
+
+
+def groups_of(dataset: Dataset, **settings) -> TrainingGroups:
+    return TrainingGroups(dataset, dataset.groups("train"), Data(**settings), SHAPE)
+
+
+def test_batches_depend_on_seed_and_step_alone(dataset):
+    groups = groups_of(dataset, noise_hu=5.0)
+    x = groups.batch(2, seed=0, step=5)
+    assert x.shape == (2, 1, *SHAPE)
+    assert torch.equal(groups_of(dataset, noise_hu=5.0).batch(2, seed=0, step=5), x)
+    assert not torch.equal(groups.batch(2, seed=0, step=6), x)
+    assert not torch.equal(groups.batch(2, seed=1, step=5), x)
+
+
+def test_a_plain_group_is_the_datasets_hu(dataset):
+    groups = groups_of(dataset)
+    hu = np.clip(dataset.hu(groups.groups[0]), -1000, 1000)
+    volume = groups.as_volume(0, groups.plain(0)[0])
+    np.testing.assert_array_equal(volume.hu, hu)
+    np.testing.assert_allclose(volume.affine, groups.groups[0].affine)
+
+
+def test_an_augmented_group_is_shifted_within_its_limits(dataset):
+    groups, seen = groups_of(dataset, max_shift_voxels=(0, 2, 1)), set()
+    plain = groups.plain(0)[0]
+    for seed in range(40):
+        x = groups.augmented(0, torch.Generator().manual_seed(seed))[0]
+        shifts = [
+            (h, w) for h in range(-2, 3) for w in range(-1, 2)
+            if torch.equal(x[:, 4:-4, 4:-4], torch.roll(plain, (-h, -w), (1, 2))[:, 4:-4, 4:-4])
+        ]  # fmt: skip
+        assert len(shifts) == 1
+        seen.add(shifts[0])
+    assert len(seen) > 10  # of 15
+
+
+def test_noise_has_the_deviation_that_the_settings_say(dataset):
+    groups = groups_of(dataset, noise_hu=20.0, max_shift_voxels=(0, 0, 0))
+    noise = (groups.augmented(0, torch.Generator().manual_seed(0)) - groups.plain(0))[groups.plain(0).abs() < 0.8]
+    assert noise.std().item() * 1000 == pytest.approx(20.0, rel=0.05)
+
+
+def test_patches_are_blocks_of_the_group(dataset):
+    x = groups_of(dataset, patch=(16, 8, 64), max_shift_voxels=(0, 0, 0)).batch(1, seed=0, step=0)[0, 0]
+    assert x.shape == (16, 8, 32)  # no longer than the group
+    whole = torch.cat([groups_of(dataset).plain(index) for index in range(len(groups_of(dataset)))])
+    blocks = whole.unfold(1, 16, 1).unfold(2, 8, 1)  # [N d h W 16 8]
+    assert (blocks == x.permute(2, 0, 1)[None, None, None]).flatten(3).all(-1).any()
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "shape"),
+    [
+        ("wavelet3d", [], (64, 32, 32)),
+        ("wavelet3d", ["data.shape=[60,20,33]"], (64, 24, 40)),  # twice the grid of 4: the prior splits latents again
+        ("conv3d", [], (64, 64, 64)),
+        ("slice2d", [], (64, 32, 32)),
+    ],
+)
+def test_the_training_shape_is_on_the_models_grid(dataset, method, overrides, shape):
+    assert training_shape(dataset, load_recipe(method, overrides)) == shape

@@ -1,0 +1,196 @@
+"""The velocity networks: what they start as, what they see, and that bf16 gradients are right on shallow grids."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ctvae.models.velocity import Attention, DetailNet, Embedding, UNet, VectorNet, coordinates, halved
+
+K = 3
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lively(network: nn.Module) -> nn.Module:
+    """Every parameter moved off its start, where outputs and gates are zero."""
+    random = torch.Generator().manual_seed(5)
+    for parameter in network.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=random)
+    return network
+
+
+def unet() -> UNet:
+    return UNet(channels=2, conditions=K, widths=(8, 32), blocks=1)
+
+
+def detail_net() -> DetailNet:
+    return DetailNet(channels=4, given=2, conditions=K, width=8, blocks=2)
+
+
+def vector_net() -> VectorNet:
+    return VectorNet(size=6, conditions=K, width=8, blocks=2)
+
+
+INPUTS = {  # network, x, what else it is given
+    "coarse": (unet, (3, 2, 5, 6, 7), ()),
+    "detail": (detail_net, (3, 4, 5, 6, 7), ((3, 2, 5, 6, 7),)),
+    "vector": (vector_net, (3, 6), ()),
+}
+
+
+@pytest.fixture(params=INPUTS.values(), ids=INPUTS)
+def case(request) -> tuple[nn.Module, torch.Tensor, tuple[torch.Tensor, ...]]:
+    torch.manual_seed(0)
+    make, shape, given = request.param
+    return make(), noise(*shape), tuple(noise(*s, seed=1) for s in given)
+
+
+@torch.no_grad()
+def test_the_velocity_starts_at_zero(case):
+    network, x, given = case
+    y = network(x, torch.rand(3), noise(3, K), *given)
+    assert y.shape == x.shape
+    assert (y == 0).all()
+
+
+@torch.no_grad()
+def test_samples_of_a_batch_do_not_see_each_other(case):
+    network, x, given = case
+    lively(network)
+    t, c = torch.tensor([0.1, 0.5, 0.9]), noise(3, K)
+    y = network(x, t, c, *given)
+    one = network(x[1:2], t[1:2], c[1:2], *(g[1:2] for g in given))
+    assert y.abs().max() > 0.01
+    torch.testing.assert_close(y[1:2], one, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_time_and_each_condition_are_seen(case):
+    network, x, given = case
+    lively(network)
+    y = network(x, torch.full((3,), 0.5), torch.zeros(3, K), *given)
+    assert not torch.allclose(network(x, torch.full((3,), 0.51), torch.zeros(3, K), *given), y, atol=1e-5)
+    for condition in range(K):
+        told = torch.zeros(3, K)
+        told[:, condition] = 1.0
+        assert not torch.allclose(network(x, torch.full((3,), 0.5), told, *given), y, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_withheld_condition_is_not_a_zero(case):
+    network, x, given = case
+    lively(network)
+    t, c = torch.full((3,), 0.5), torch.zeros(3, K)
+    withheld = network(x, t, c.masked_fill(torch.tensor([False, True, False]), math.nan), *given)
+    assert withheld.isfinite().all()
+    assert not torch.allclose(withheld, network(x, t, c, *given), atol=1e-5)
+
+
+def test_withheld_conditions_leave_gradients_finite(case):
+    network, x, given = case
+    lively(network)
+    network(x, torch.rand(3), torch.full((3, K), math.nan), *given).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+
+
+def test_times_close_together_have_close_embeddings():
+    embedding = Embedding(K)
+    t = torch.tensor([0.3, 0.3001, 0.9])
+    near, far = (embedding(t, torch.zeros(3, K))[0] - embedding(t, torch.zeros(3, K))[i] for i in (1, 2))
+    assert near.norm() < 0.2 * far.norm()
+
+
+def test_coordinates_run_from_minus_one_to_one():
+    found = coordinates(torch.zeros(2, 9, 3, 4, 5))
+    assert found.shape == (2, 3, 3, 4, 5)
+    assert found[1, 0, :, 2, 3].tolist() == [-1.0, 0.0, 1.0]
+    torch.testing.assert_close(found[0, 1, 0, :, 4], torch.tensor([-1, -1 / 3, 1 / 3, 1]))
+    assert found[0, 2, 1, 1].tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0]
+
+
+def influence(network: nn.Module, x: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+    """Which voxels of x the output's first voxel depends on: [d h w]."""
+    x = x.requires_grad_()
+    network(x, torch.full((1,), 0.5), torch.zeros(1, K), *given)[0, :, 0, 0, 0].sum().backward()
+    assert x.grad is not None
+    return x.grad.abs().sum((0, 1)) > 0
+
+
+def test_the_unet_sees_the_whole_volume():
+    assert influence(lively(unet()), noise(1, 2, 9, 10, 11)).all()
+
+
+def test_the_detail_net_sees_its_neighbourhood_only():
+    """Six 3x3x3 convolutions: entry, two in each of two blocks, out."""
+    seen = influence(lively(detail_net()), noise(1, 4, 9, 9, 9), noise(1, 2, 9, 9, 9))
+    expected = torch.zeros(9, 9, 9, dtype=torch.bool)
+    expected[:7, :7, :7] = True
+    assert torch.equal(seen, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 2, 5), (2, 3, 4)], ids=str)
+def test_the_unet_takes_grids_smaller_than_its_depth(size):
+    y = lively(UNet(2, K, widths=(8, 32, 32), blocks=1))(noise(1, 2, *size), torch.rand(1), noise(1, K))
+    assert y.shape == (1, 2, *size)
+    assert y.isfinite().all()
+
+
+def test_halving_takes_block_means_and_leaves_single_voxels():
+    x = torch.arange(6.0).view(1, 1, 1, 2, 3)
+    assert halved(x).tolist() == [[[[[2.0, 3.5]]]]]  # means of 0 1 3 4 and of 2 5
+
+
+@torch.no_grad()
+def test_attention_is_softmax_of_scaled_products():
+    attention = lively(Attention(64))
+    x = noise(2, 64, 2, 3, 2)
+    tokens = attention.norm(x).flatten(2).mT  # [B N C]
+    q, k, v = (attention.qkv(tokens)[..., 64 * i : 64 * (i + 1)] for i in range(3))
+    heads = []
+    for head in (slice(0, 32), slice(32, 64)):
+        weights = torch.softmax(q[..., head] @ k[..., head].mT / math.sqrt(32), dim=-1)
+        heads.append(weights @ v[..., head])
+    expected = x + attention.out(torch.cat(heads, dim=-1)).mT.reshape(x.shape)
+    torch.testing.assert_close(attention(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_starts_as_the_identity():
+    x = noise(1, 64, 2, 3, 2)
+    assert torch.equal(Attention(64)(x), x)
+
+
+def gradients(network: nn.Module, *inputs: torch.Tensor, bf16: bool) -> torch.Tensor:
+    network.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        y = network(*inputs)
+    (y.float() * noise(*y.shape, seed=3)).mean().backward()
+    return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("size", [(8, 10, 16), (4, 5, 8), (3, 4, 4), (2, 4, 8)], ids=str)
+def test_bf16_gradients_of_the_unet_are_right_on_shallow_grids(size):
+    """The wrong ones of oneDNN at a depth of 2 (torch 2.13) differ by their own size, up to infinity."""
+    torch.manual_seed(0)
+    network = lively(UNet(4, K, widths=(16, 32, 32), blocks=1)).to(memory_format=torch.channels_last_3d)
+    inputs = (noise(4, 4, *size), torch.rand(4), noise(4, K))
+    exact, found = (gradients(network, *inputs, bf16=bf16) for bf16 in (False, True))
+    assert found.isfinite().all()
+    assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_bf16_gradients_of_the_detail_net_are_right_on_shallow_grids(depth):
+    torch.manual_seed(0)
+    network = lively(DetailNet(8, 4, K, width=16, blocks=2)).to(memory_format=torch.channels_last_3d)
+    inputs = (noise(4, 8, depth, 6, 8), torch.rand(4), noise(4, K), noise(4, 4, depth, 6, 8, seed=1))
+    exact, found = (gradients(network, *inputs, bf16=bf16) for bf16 in (False, True))
+    assert F.cosine_similarity(exact, found, dim=0) > 0.998
