@@ -57,7 +57,7 @@ TINY = (  # a wavelet3d that trains in a second
     "autoencoder.steps=6", "autoencoder.log_every=2", "autoencoder.save_every=2", "autoencoder.precision=fp32",
     "prior.steps=9", "prior.log_every=2", "prior.save_every=2", "prior.precision=fp32", "prior.batch=2",
     "prior.widths=[8,32]", "prior.blocks=1", "prior.detail_width=8", "prior.detail_blocks=1", "prior.mlp_width=16",
-    "prior.sampling_steps=2",
+    "prior.sampling_steps=2", "prior.design=cascade",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from ctvae.config import Data, load_config, load_recipe
 from ctvae.dataset import Dataset
 from ctvae.errors import ConfigError, ModelError, TrainingDiverged
 from ctvae.latents import LatentCode, LatentSet
+from ctvae.model import open_model
 from ctvae.training import autoencoder, prior
 from ctvae.training.groups import TrainingGroups, training_shape
 from ctvae.training.train import train
@@ -152,9 +153,21 @@ def test_a_finished_run_holds_what_the_formats_page_says(tiny_run):
 
 def test_the_stored_code_standardises_the_stored_latents(tiny_run):
     tensors, _ = load(tiny_run / "prior-flow.safetensors")
-    fitted = LatentCode.fit(LatentSet.load(tiny_run / "latents.safetensors"))
-    for name in LatentCode.NAMES:
+    fitted = LatentCode.fit(LatentSet.load(tiny_run / "latents.safetensors"), joint=False)
+    for name in ("shift", "scale", "coarse_scale", "detail_scale"):
         assert torch.equal(tensors[f"code.{name}"], fitted.tensors[name])
+
+
+def test_a_joint_flow_trains_and_draws(tiny_dataset, tiny_settings, tmp_path):
+    settings = [s for s in tiny_settings if not s.startswith("prior.design")]
+    run = train(tiny_dataset, tmp_path / "run", overrides=settings)
+    tensors, meta = load(run / "prior-flow.safetensors")
+    assert {name.partition(".")[0] for name in tensors} == {"joint", "code", "conditions"}
+    model = open_model(run)
+    latents = [model.draw("flow", seed=0, index=index).latent for index in (0, 0, 1)]
+    assert latents[0].shape == (1, *meta["latent_shape"])
+    assert torch.equal(latents[0], latents[1])
+    assert not torch.equal(latents[0], latents[2])
 
 
 def test_the_stages_apart_are_the_stages_together(tiny_dataset, tiny_run, tiny_settings, tmp_path):

@@ -129,6 +129,47 @@ def train(
 
 
 @app.command()
+def plan(
+    dataset: Annotated[Path | None, typer.Argument(metavar="[DATASET]", help="Take size and spacing from it.")] = None,
+    method: Annotated[str, typer.Option(help="Which recipe; `ctvae methods` lists them.")] = "wavelet3d",
+    size: Annotated[
+        str | None, typer.Option(help="Slices x rows x columns, e.g. 64x512x512. [default: the dataset's largest group]")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What there is, e.g. 24GB or 500MB. [default: the card's, else what is free]")
+    ] = None,
+    settings: Settings = None,
+    window: Window = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write the settings to, e.g. plan.yaml.")] = None,
+) -> None:
+    """Say what fits the memory, before training.
+
+    Counts on tensors that have shapes and no memory: no GPU is needed, and nothing is trained. Where what was asked does
+    not fit, it changes batch, checkpointing or patch until it does.
+
+    Example: ctvae plan --method wavelet3d --size 64x512x512 --memory 24GB
+    """
+    import json
+
+    from ctvae import planner
+    from ctvae.errors import DoesNotFit
+    from ctvae.planning import report
+    from ctvae.planning.sizes import parse_memory
+
+    available_gb = parse_memory(memory) if memory else None
+    found = planner.weigh(method, planner.Source.asked(dataset, size), available_gb, _overrides(settings, window))
+    if as_json:
+        typer.echo(json.dumps(report.as_json(found)))
+    if not found.fits:
+        raise DoesNotFit(found.note)
+    if out:
+        planner.write_plan(found, out)
+    if not as_json:
+        typer.echo(report.as_text(found))
+
+
+@app.command()
 def methods() -> None:
     """List the methods that `--method` knows."""
     from ctvae.config import RECIPES, recipe_names
@@ -231,6 +272,9 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Judge this model's reconstructions of the real scans as well.")
     ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep what is measured of each scan here; reports on the same scans share it.")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Judge synthetic scans against real ones.
@@ -248,7 +292,9 @@ def evaluate(
 
         rebuild = load(model).reconstruct_volume
     with Progress("evaluate") as bar:
-        evaluate(real, synthetic, out, split=split, reconstruct=rebuild, seed=seed, progress=bar.report)
+        evaluate(
+            real, synthetic, out, split=split, reconstruct=rebuild, seed=seed, cache=cache, progress=bar.report
+        )  # fmt: skip
     typer.echo(out / "index.html")
 
 

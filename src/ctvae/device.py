@@ -6,12 +6,20 @@ from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
+from torch import nn
 
 
 def make_fabric(precision: Literal["bf16", "fp32"] = "bf16") -> Fabric:
     """One device: CUDA or Apple's if there is one, else the CPU. Precision is autocast around the network's calls."""
     fabric = Fabric(accelerator="auto", devices=1, precision="bf16-mixed" if precision == "bf16" else "32-true")
     return fabric
+
+
+def place(network: nn.Module, device: torch.device) -> None:
+    """Move `network` to `device`, its 3D convolutions' weights channels-last, the order in which they run fastest."""
+    network.to(device)
+    if any(weight.ndim == 5 for weight in network.parameters()):
+        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 
 def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:

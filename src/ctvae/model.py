@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ctvae import flow, intensity, preprocess
 from ctvae.checkpoint import file_hash, load
 from ctvae.config import Config, Size3, Wavelet3D, load_config, nearest
-from ctvae.device import generator
+from ctvae.device import generator, place
 from ctvae.errors import InputError, ModelError
 from ctvae.latents import LatentCode, pyramid_steps
 from ctvae.models import build
@@ -60,17 +60,17 @@ class Model:
         self.cfg: Config = load_config(folder / "config.yaml")
         self.shape: Size3 = tuple(meta["shape"])  # type: ignore[assignment]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.network = self._with_weights(build(self.cfg.model, self.shape), tensors)
+        self.network = build(self.cfg.model, self.shape)
+        self._load_weights(self.network, tensors)
         self.hash = file_hash(folder / "autoencoder.safetensors")
 
-    def _with_weights(self, network: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    def _load_weights(self, network: nn.Module, tensors: dict[str, Tensor]) -> None:
         try:
             network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
         except RuntimeError as error:
             raise ModelError(f"{self.folder}: weights do not fit config.yaml ({str(error).splitlines()[-1].strip()})") from error
-        channels_last = any(isinstance(m, nn.Conv3d) for m in network.modules())
-        network.to(self.device, memory_format=torch.channels_last_3d if channels_last else torch.preserve_format)
-        return network.eval().requires_grad_(False)
+        place(network, self.device)
+        network.eval().requires_grad_(False)
 
     # --- encode and decode -------------------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class Model:
         code.steps = pyramid_steps(shape[1:]) if len(shape) == 4 else None
         networks = build_velocities(self.cfg.prior, code, shape, len(CONDITIONS))
         for name, network in networks.items():
-            self._with_weights(network, _below(f"{name}.", tensors))
+            self._load_weights(network, _below(f"{name}.", tensors))
         conditioning = Conditioning(tensors["conditions.mean"], tensors["conditions.std"])
         return FlowPrior(code, networks, conditioning, tensors["conditions.known"], shape, self.cfg.prior.guidance)
 

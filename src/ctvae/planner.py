@@ -195,7 +195,7 @@ class _Search:
         """Ways to need less than what was asked, down to the least there is."""
         less: tuple[str, ...] = ()
         least_batch = 2 if cfg.model.kind == "conv3d" else 1  # its BatchNorm needs more than one volume
-        if cfg.autoencoder.batch > least_batch:
+        if cfg.autoencoder.batch > least_batch and "autoencoder.batch" not in self._pinned:
             less = (f"autoencoder.batch={least_batch}",)
             yield Option(f"a batch of {least_batch}", less)
         if not isinstance(cfg.model, Wavelet3D):
@@ -300,11 +300,9 @@ class _Search:
         asked = load_recipe(self.method, self._base())
         for size in smaller(dry.whole(asked), latent_grid(asked), latent_grid(asked)):
             try:
-                cfg = load_recipe(self.method, (*self._base(), f"data.shape={list(size)}"))
-                if self._promising(cfg, asked, tried[0][1]):
-                    cost = dry.training(cfg, self._kernels)
-                    if self._fits(cost.peak):
-                        return f"fits on {written(size)} ({cost.peak / GB:.1f} GB)"
+                cost = dry.training(load_recipe(self.method, (*self._base(), f"data.shape={list(size)}")), self._kernels)
+                if self._fits(cost.peak):
+                    return f"fits on {written(size)} ({cost.peak / GB:.1f} GB)"
             except ConfigError:  # too small for the method
                 break
         option, cost = min(tried, key=lambda pair: pair[1].peak)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from ctvae.config import Conv3D, Model, Size3, Slice2D, Stack2D
+from ctvae.models.autoencoder import Autoencoder
 
 
-def build(cfg: Model, shape: Size3) -> nn.Module:
+def build(cfg: Model, shape: Size3) -> Autoencoder:
     """The autoencoder that `cfg` describes, for groups of `shape` D H W.
 
     It has `encode`, `decode`, `latent_shape` and `spatial` (docs/decisions/0001-architecture.md).

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ctvae.config import Conv3D, Size3
 from ctvae.errors import ConfigError, DoesNotFit
+from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.slice2d import start_from_air
 
 KERNEL = 4
@@ -64,7 +65,7 @@ def check_fits(cfg: Conv3D, shape: Size3) -> None:
         )
 
 
-class Conv3DVAE(nn.Module):
+class Conv3DVAE(Autoencoder):
     """One latent vector per volume. BatchNorm sees the batch in training and running statistics in `eval()`."""
 
     spatial = False

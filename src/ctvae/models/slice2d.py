@@ -15,6 +15,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from ctvae.config import Size3, Slice2D
+from ctvae.models.autoencoder import Autoencoder
 
 KERNEL = 4
 AIR = -1.0  # most of a scan: outputs start there rather than crawl to it
@@ -75,7 +76,7 @@ class ImageDecoder(nn.Module):
         return self.trunk(self.from_latent(z).unflatten(1, self.feature_shape))  # [M Z] -> [M C h w] -> [M S H W]
 
 
-class ImageStackVAE(nn.Module):
+class ImageStackVAE(Autoencoder):
     """A VAE on images of `slices` neighbouring slices each. Every stack is encoded by itself."""
 
     spatial = False

@@ -12,6 +12,7 @@ KL autoencoder: Kingma and Welling 2014, Rombach et al. 2022; Haar stem: as in H
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ctvae import haar
 from ctvae.config import Size3, Wavelet3D
+from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.blocks import Conv, ResBlock
 
 INITIAL_LOGVAR = -6.0  # posteriors begin narrow: with sigma near 1 the first steps would learn from noise
@@ -39,12 +41,13 @@ class Encoder(nn.Module):
         self.entries = nn.ModuleList(entries)
         self.levels = nn.ModuleList(levels)
         self.to_moments = nn.Conv3d(c_in, 2 * cfg.latent_channels, kernel_size=1)
+        assert self.to_moments.bias is not None
         nn.init.constant_(self.to_moments.bias.data[cfg.latent_channels :], INITIAL_LOGVAR)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [B 1 D H W]
         for stride, entry, blocks in zip(self.strides, self.entries, self.levels, strict=True):
             x = entry(haar.forward(x, stride))  # halves the axes whose step is 2
-            for block in blocks:
+            for block in blocks:  # type: ignore[attr-defined]
                 x = block(x)
         mean, logvar = self.to_moments(x).float().chunk(2, dim=1)  # 2 x [B Z d h w]
         return mean, logvar.clamp(-30.0, 20.0)
@@ -59,7 +62,7 @@ class Decoder(nn.Module):
         widths, blocks = cfg.widths[::-1], cfg.blocks[::-1]
         self.entry = Conv(cfg.latent_channels, widths[0], kernel_size=3, padding=1)
         self.levels = nn.ModuleList(nn.ModuleList(ResBlock(w) for _ in range(n)) for w, n in zip(widths, blocks, strict=True))
-        exits = []
+        exits: list[nn.Module] = []
         for width, finer, stride in zip(widths, (*widths[1:], 1), self.strides, strict=True):
             last = finer == 1 and len(exits) == len(widths) - 1
             exits.append(Conv(width, finer * haar.bands(stride), 3 if last else 1, padding=1 if last else 0))
@@ -68,13 +71,13 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:  # [B Z d h w]
         x = self.entry(z)
         for stride, blocks, leave in zip(self.strides, self.levels, self.exits, strict=True):
-            for block in blocks:
+            for block in blocks:  # type: ignore[attr-defined]
                 x = block(x)
             x = haar.inverse(leave(x), stride)  # doubles the axes whose step is 2
         return x.float()  # [B 1 D H W]
 
 
-class Wavelet3DVAE(nn.Module):
+class Wavelet3DVAE(Autoencoder):
     spatial = True
 
     def __init__(self, cfg: Wavelet3D, shape: Size3):
@@ -119,7 +122,13 @@ def checkpoint_blocks(model: nn.Module) -> None:
     """Recompute every residual block in the backward pass (Chen et al. 2016); the layers stay textbook."""
     for module in model.modules():
         if isinstance(module, ResBlock):
-            plain = module.forward
-            module.forward = lambda x, plain=plain: (  # type: ignore[method-assign]
-                checkpoint(plain, x, use_reentrant=False) if torch.is_grad_enabled() else plain(x)
-            )
+            module.forward = recomputed(module.forward)  # type: ignore[method-assign, assignment]
+
+
+def recomputed(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`forward` that keeps its input only and runs again when the gradient is asked for."""
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return checkpoint(forward, x, use_reentrant=False) if torch.is_grad_enabled() else forward(x)
+
+    return checkpointed

@@ -140,7 +140,7 @@ def prior(cfg: Config, groups: int, kernels: Kernels) -> dict[str, int]:
         latents = _latents(max(2, groups * cfg.prior.encodings), latent_shape)
         stored = ledger.live_bytes
         ledger.since()
-        code = LatentCode.fit(latents)
+        code = LatentCode.fit(latents, joint=cfg.prior.design == "joint")
         phases["fitting"] = max(ledger.since(), stored + groups * math.prod(latent_shape) * SVD_COPIES * FLOAT32)
         conditioning = Conditioning.fit(latents.conditions)
         for name, network in build_velocities(cfg.prior, code, latent_shape, len(CONDITIONS)).items():

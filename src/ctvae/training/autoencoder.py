@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ctvae import losses, pictures
 from ctvae.checkpoint import EMA, save
 from ctvae.config import AutoencoderTraining, Config, Size3
-from ctvae.device import generator, make_fabric
+from ctvae.device import generator, make_fabric, place
 from ctvae.errors import TrainingDiverged
 from ctvae.models import build
+from ctvae.models.autoencoder import Autoencoder
 from ctvae.progress import Progress
 from ctvae.runlog import Clock, Curve, Run
 from ctvae.training.groups import TrainingGroups
@@ -27,7 +28,7 @@ VALIDATION_GROUPS = 4
 class Objective(nn.Module):
     """The network and its loss in one forward call, so that Fabric can wrap precision and devices around it."""
 
-    def __init__(self, network: nn.Module, cfg: AutoencoderTraining, window_hu: tuple[float, float]):
+    def __init__(self, network: Autoencoder, cfg: AutoencoderTraining, window_hu: tuple[float, float]):
         super().__init__()
         self.network, self.cfg = network, cfg
         low, high = window_hu
@@ -65,9 +66,8 @@ def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validatio
     settings = cfg.autoencoder
     fabric = make_fabric(settings.precision)
     torch.manual_seed(cfg.seed)
-    network = build(cfg.model, training.shape).to(fabric.device)
-    if cfg.model.kind in ("wavelet3d", "conv3d"):
-        network = network.to(memory_format=torch.channels_last_3d)
+    network = build(cfg.model, training.shape)
+    place(network, fabric.device)
     ema = EMA(network, settings.ema_decay)
     optimizer = build_optimizer(network, settings)
     checkpoints = run.checkpoints("autoencoder")
@@ -130,7 +130,7 @@ def save_autoencoder(run: Run, cfg: Config, network: nn.Module, shape: Size3, fi
 
 
 @torch.no_grad()
-def validate(network: nn.Module, groups: TrainingGroups, run: Run, cfg: Config) -> float:
+def validate(network: Autoencoder, groups: TrainingGroups, run: Run, cfg: Config) -> float:
     """Mean PSNR in dB over -1..1 of a few held-out groups, pictured beside their reconstructions; NaN without any."""
     rows, psnrs = [], []
     device = next(network.parameters()).device

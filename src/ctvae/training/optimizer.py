@@ -50,26 +50,26 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 if p.ndim >= 2:
-                    self._muon(p, group["lr"], group["weight_decay"])
+                    self._muon(p, p.grad, group["lr"], group["weight_decay"])
                 else:
-                    self._adam(p, group["lr"])
+                    self._adam(p, p.grad, group["lr"])
 
-    def _muon(self, p: Tensor, lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+    def _muon(self, p: Tensor, grad: Tensor, lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
-        state["momentum"].lerp_(p.grad, 1 - momentum)
-        update = p.grad.lerp(state["momentum"], momentum).flatten(1)  # Nesterov's look-ahead
+        state["momentum"].lerp_(grad, 1 - momentum)
+        update = grad.lerp(state["momentum"], momentum).flatten(1)  # Nesterov's look-ahead
         size = 0.2 * max(update.shape) ** 0.5
         p.mul_(1 - lr * weight_decay).add_(orthogonalised(update).view(p.shape), alpha=-lr * size)
 
-    def _adam(self, p: Tensor, lr: float, beta1: float = 0.9, beta2: float = 0.99) -> None:
+    def _adam(self, p: Tensor, grad: Tensor, lr: float, beta1: float = 0.9, beta2: float = 0.99) -> None:
         state = self.state[p]
         if not state:
             state |= {"step": torch.zeros(()), "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
         state["step"] += 1
-        state["mean"].lerp_(p.grad, 1 - beta1)
-        state["square"].lerp_(p.grad.square(), 1 - beta2)
+        state["mean"].lerp_(grad, 1 - beta1)
+        state["square"].lerp_(grad.square(), 1 - beta2)
         step = state["step"].item()
         scale = (state["square"] / (1 - beta2**step)).sqrt().add_(1e-8)
         p.addcdiv_(state["mean"], scale, value=-lr / (1 - beta1**step))

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ctvae import flow, priors
 from ctvae.checkpoint import EMA, save
 from ctvae.config import Config, Prior
-from ctvae.device import generator, make_fabric
+from ctvae.device import generator, make_fabric, place
 from ctvae.errors import TrainingDiverged
 from ctvae.latents import LatentCode, LatentSet
+from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.velocity import DetailNet, UNet, VectorNet
 from ctvae.progress import Progress
 from ctvae.runlog import Clock, Curve, Run
@@ -153,7 +154,7 @@ def train_flow(run: Run, cfg: Config, name: str, network: nn.Module, data: Data,
     """Fit one velocity network, leaving its averaged weights in it; returns its figures."""
     settings = cfg.prior
     fabric = make_fabric(settings.precision)
-    network.to(fabric.device, memory_format=torch.channels_last_3d if name != "vector" else torch.preserve_format)
+    place(network, fabric.device)
     ema = EMA(network, settings.ema_decay)
     optimizer = build_optimizer(network, settings)
     checkpoints = run.checkpoints(name)
@@ -230,7 +231,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 @torch.no_grad()
 def encode_groups(
-    network: nn.Module, groups: TrainingGroups, encodings: int, seed: int, precision: str = "bf16"
+    network: Autoencoder, groups: TrainingGroups, encodings: int, seed: int, precision: str = "bf16"
 ) -> LatentSet:
     """Posterior moments of every group, `encodings` times each under the training augmentation (the first without)."""
     means, logvars, told, ids = [], [], [], []

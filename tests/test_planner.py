@@ -1,0 +1,358 @@
+"""The planner against counting by hand, autograd's own saved tensors, and the resident memory of a real training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from ctvae import __main__, planner
+from ctvae.config import load_recipe
+from ctvae.errors import ConfigError, DoesNotFit, InputError
+from ctvae.planning import dry
+from ctvae.planning.ledger import dry_run
+from ctvae.planning.sizes import parse_memory, parse_size, smaller, strides_for
+from ctvae.planning.workspace import Kernels
+from ctvae.prepare import prepare
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "planner_accuracy.py"
+NO_KERNELS = SimpleNamespace(bytes_inside=lambda *_: 0)
+SIZE = (64, 128, 128)
+
+
+def config(method: str, size: tuple[int, int, int], *overrides: str):
+    return load_recipe(method, (*overrides, f"data.shape={list(size)}"))
+
+
+# --- the ledger
+
+
+def test_the_ledger_counts_storages_from_first_to_last_use():
+    """Floats of 1000 numbers: x, its exponential, which lets x go, a view, which costs nothing, and a sum in place."""
+    with dry_run(NO_KERNELS) as ledger:
+        x = torch.ones(1000)
+        assert ledger.live_bytes == 4000
+        x = x.exp()
+        assert (ledger.live_bytes, ledger.peak_bytes) == (4000, 8000)
+        view = x.view(10, 100)
+        view += 1
+        assert ledger.live_bytes == 4000
+        del x
+        assert ledger.live_bytes == 4000, "the view keeps it"
+        del view
+        assert ledger.live_bytes == 0
+        assert ledger.since() == 8000
+        assert ledger.since() == 0
+
+
+def test_the_ledger_sees_the_backward_pass_and_its_arithmetic():
+    """y = W x for W [30 20], x [20 10]: 2 * 30 * 20 * 10 operations forward, as many again for W's gradient."""
+    with dry_run(NO_KERNELS) as ledger:
+        layer, x = nn.Linear(20, 30, bias=False), torch.ones(10, 20)
+        layer(x).sum().backward()
+        assert ledger.flops == 2 * (2 * 30 * 20 * 10)
+        assert ledger.live_bytes == 4 * (2 * 30 * 20 + 10 * 20)  # weight, its gradient, x
+
+
+@pytest.mark.parametrize(("method", "overrides"), [("wavelet3d", ()), ("slice2d", ()), ("conv3d", ())])
+def test_activations_are_what_autograd_saves(method, overrides):
+    """Counted by saved_tensors_hooks: every storage once, weights left out. The input and the loss's tensors are in it."""
+    cfg = config(method, (64, 64, 64), *overrides)
+    ours = dry.training(cfg, Kernels()).activations
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[id(storage)] = storage
+        return tensor
+
+    with dry_run(NO_KERNELS):
+        network = dry._network(cfg, dry.whole(cfg))
+        own = {id(p.untyped_storage()) for p in [*network.parameters(), *network.buffers()]}
+        objective = dry.Objective(network, cfg.autoencoder, cfg.data.window_hu)
+        x = torch.empty(cfg.autoencoder.batch, 1, *dry.whole(cfg))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), dry._autocast(cfg):
+            terms = objective(x, torch.Generator())
+        assert terms
+        counted = sum(storage.nbytes() for key, storage in saved.items() if key not in own)
+    assert ours == pytest.approx(counted, rel=0.05)
+
+
+def test_checkpointing_trades_activations_for_arithmetic():
+    plain = dry.training(config("wavelet3d", SIZE), Kernels())
+    checkpointed = dry.training(config("wavelet3d", SIZE, "model.checkpointing=true"), Kernels())
+    assert checkpointed.activations < plain.activations / 2
+    assert checkpointed.peak < 0.6 * plain.peak
+    assert 1.1 < checkpointed.flops / plain.flops < 1.35  # a forward pass is a third of a step
+
+
+def test_static_parts_by_hand():
+    """Muon keeps one number per weight, Adam two, and a gradient and an average one each."""
+    muon = dry.training(config("wavelet3d", (64, 64, 64)), Kernels())
+    assert muon.weights == muon.gradients == muon.average == 4 * muon.parameters
+    assert muon.weights <= muon.optimizer < 1.01 * muon.weights  # biases and norms, which are Adam's, are few
+    adam = dry.training(config("wavelet3d", (64, 64, 64), "autoencoder.optimizer=adam"), Kernels())
+    assert adam.optimizer == pytest.approx(2 * adam.weights, rel=1e-4)
+
+
+def test_stages_by_hand():
+    """The first convolution sees 8 bands at half size: 3^3 kernels from 8 to 32 channels, two operations a product."""
+    table = dry.stages(config("wavelet3d", (64, 256, 256)), (64, 256, 256))
+    first = table[0]
+    assert (first.name, first.shape, first.parameters) == ("encoder.entries.0", (1, 32, 32, 128, 128), 27 * 8 * 32 + 32)
+    assert first.gflop == pytest.approx(2 * 27 * 8 * 32 * 32 * 128 * 128 / 1e9, abs=1e-3)
+    cfg = config("wavelet3d", (64, 256, 256))
+    assert sum(stage.parameters for stage in table) == dry.training(cfg, Kernels()).parameters
+    assert {stage.shape[1] for stage in table if stage.name == "encoder.to_moments"} == {2 * cfg.model.latent_channels}
+
+
+@pytest.mark.parametrize(
+    "setting", ["train stack2d-large 64x256x256", pytest.param("train wavelet3d 64x128x128", marks=pytest.mark.slow)]
+)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from Linux's /proc")
+def test_predictions_against_resident_memory(setting):
+    """The whole loop on random groups in a fresh process, saving and validation included."""
+    done = subprocess.run([sys.executable, BENCHMARK, "--only", setting], capture_output=True, text=True, check=True)
+    ratios = [float(line.split("|")[-2]) for line in done.stdout.splitlines() if line.startswith("| train")]
+    assert ratios
+    assert all(0.9 <= ratio <= 1.1 for ratio in ratios), done.stdout
+
+
+# --- sizes
+
+
+@pytest.mark.parametrize(("text", "gb"), [("24GB", 24), ("12gb", 12), ("500MB", 0.5), ("1.5 GB", 1.5), ("2GiB", 2 * 1.073741824)])
+def test_memory_as_people_write_it(text, gb):
+    assert parse_memory(text) == pytest.approx(gb)
+
+
+@pytest.mark.parametrize("text", ["24", "GB", "-3GB", "0GB", "1e3GB", "lots", "24TBs", ""])
+def test_memory_that_says_nothing(text):
+    with pytest.raises(ConfigError, match=r"write an amount with its unit, e\.g\. 24GB or 500MB"):
+        parse_memory(text)
+
+
+@pytest.mark.parametrize("text", ["64x512", "64,512,512", "0x512x512", "64x512x99999", "ax512x512", "64x²x512", ""])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ConfigError, match=r"^size "):
+        parse_size(text)
+    assert parse_size("64X512x500") == (64, 512, 500)
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "slices", "steps"),
+    [
+        ((1.0, 1.0, 1.0), 64, (2, 2)),  # cubes: as the recipe
+        ((0.8, 0.8, 1.5), 64, (2, 2)),
+        ((0.8, 0.8, 2.5), 64, (1, 2)),  # pixels of 1.6 mm come first
+        ((0.8, 0.8, 5.0), 64, (1, 1)),
+        ((4.6, 4.6, 3.0), 64, (2, 2)),
+        ((1.0, 1.0, 1.0), 8, (2, 1)),  # few slices: four latents along them are left
+        ((1.0, 1.0, 1.0), 4, (1, 1)),
+    ],
+)
+def test_strides_follow_spacing_and_slice_count(spacing_mm, slices, steps):
+    assert strides_for(spacing_mm, (slices, 512, 512)) == tuple((step, 2, 2) for step in steps)
+
+
+def test_smaller_sizes_stay_on_the_grid():
+    assert list(smaller((64, 512, 512), (4, 4, 4))) == [(64, 256, 256), (64, 128, 128), (64, 64, 64), (32, 64, 64), (16, 64, 64)]
+    assert next(smaller((24, 252, 300), (4, 4, 4))) == (24, 128, 152)
+
+
+# --- the search
+
+
+@pytest.fixture(scope="module")
+def whole() -> planner.Plan:
+    return planner.plan("wavelet3d", SIZE, 24)
+
+
+def test_what_fits_is_left_as_asked(whole):
+    assert whole.fits
+    assert whole.as_asked
+    assert whole.note.startswith("fits: training needs ")
+    assert whole.plan["whole_volume"]
+    assert not whole.plan["checkpointing"]
+    assert whole.train_peak_gb == max(whole.train_phases_gb.values()) == whole.train_phases_gb["step"]
+    assert sum(whole.step_gb.values()) == pytest.approx(whole.train_peak_gb, abs=0.01)
+
+
+def test_less_memory_means_checkpointing_then_patches(whole):
+    checkpointed = planner.plan("wavelet3d", SIZE, whole.train_peak_gb, ("prior.batch=1",))
+    assert checkpointed.plan["checkpointing"]
+    assert checkpointed.plan["whole_volume"]
+    assert not checkpointed.as_asked
+    patched = planner.plan("wavelet3d", SIZE, checkpointed.train_peak_gb, ("prior.batch=1", "prior.widths=[32]"))
+    assert patched.plan["patch"] == (64, 64, 64)
+    for found in (checkpointed, patched):
+        assert found.fits
+        assert found.note.startswith(f"needs {whole.train_peak_gb:.1f} GB of ")
+        assert max(found.train_peak_gb, found.prior_peak_gb, found.encode_peak_gb, found.decode_peak_gb) <= found.memory_gb
+
+
+def test_a_batch_is_made_smaller_first(whole):
+    found = planner.plan("wavelet3d", SIZE, 1.2 * whole.train_peak_gb, ("prior.batch=1",))
+    asked_for_four = dry.training(config("wavelet3d", SIZE, "autoencoder.batch=4"), Kernels())
+    assert found.as_asked
+    assert asked_for_four.peak / 1e9 > 1.2 * whole.train_peak_gb
+    pinned = planner.plan("wavelet3d", SIZE, 1.2 * whole.train_peak_gb, ("prior.batch=1", "autoencoder.batch=4"))
+    assert pinned.plan["batch"] == 4, "what the user set is left alone"
+    assert not pinned.as_asked
+
+
+def test_what_the_user_set_is_refused_rather_than_changed(whole):
+    pinned = ("model.checkpointing=false", "data.patch=null", "prior.batch=1")
+    with pytest.raises(DoesNotFit) as refused:
+        planner.plan("wavelet3d", SIZE, whole.train_peak_gb, pinned)
+    line = str(refused.value)
+    assert f"needs {whole.train_peak_gb:.1f} GB of {whole.train_peak_gb:g}; fits with checkpointing (" in line
+    assert "or patches of 64x64x64 (" in line
+    assert "\n" not in line
+
+
+def test_a_method_without_patches_names_the_size_that_fits():
+    with pytest.raises(DoesNotFit, match=r"^slice2d on 64x256x256 needs 1\.0 GB of 0\.5; fits on 64x128x128 \(0\.\d GB\)$"):
+        planner.plan("slice2d", (64, 256, 256), 0.5)
+
+
+def test_the_cited_net_at_stride_1_is_refused_with_the_reason():
+    with pytest.raises(DoesNotFit, match=r"linear layers of .* weights each need .* GB to train; set model\.stride=2"):
+        planner.plan("conv3d", (64, 256, 256), 24, ("model.stride=1",))
+
+
+def test_the_prior_is_part_of_it():
+    full = planner.plan("wavelet3d", SIZE, 24)
+    tight = planner.plan("wavelet3d", SIZE, 0.9 * full.prior_peak_gb)
+    assert tight.fits
+    assert tight.plan["prior_batch"] < full.plan["prior_batch"]
+    assert tight.prior_peak_gb <= 0.9 * tight.memory_gb
+    exact = dry.prior(load_recipe("wavelet3d", tight.overrides), 0, Kernels("cpu", torch.get_num_threads()))
+    assert tight.prior_peak_gb == pytest.approx(max(exact.values()) / 1e9, rel=0.03), "the halving interpolates"
+
+
+def test_many_groups_need_memory_of_their_own():
+    few, many = (planner.plan("wavelet3d", SIZE, 24, groups=groups) for groups in (10, 1000))
+    assert many.prior_phases_gb["fitting"] > 50 * few.prior_phases_gb["fitting"]
+
+
+def test_odd_sizes_are_padded_to_the_grid():
+    found = planner.plan("wavelet3d", (30, 61, 70), 24)
+    assert found.size == (30, 61, 70)
+    assert found.padded == (32, 64, 72)
+    assert load_recipe("wavelet3d", found.overrides).data.shape == found.padded
+
+
+def test_decoding_by_tiles_does_not_grow_with_the_features():
+    """Twice the slices: twice the volume around the tile, and no larger tile."""
+
+    def peak(depth: int) -> int:
+        size = (depth, 256, 256)
+        return dry.decoding(config("wavelet3d", size), size, (32, 64, 64), Kernels())
+
+    assert peak(512) - peak(256) <= 256 * 256 * 256 * 14  # the volume, two copies of it, int16
+
+
+def test_thick_slices_keep_their_resolution():
+    found = planner.plan("wavelet3d", (32, 64, 64), 24, spacing_mm=(0.8, 0.8, 2.5))
+    assert found.plan["strides"] == ((1, 2, 2), (2, 2, 2))
+    assert load_recipe("wavelet3d", found.overrides).model.strides == found.plan["strides"]
+    pinned = planner.plan("wavelet3d", (32, 64, 64), 24, ("model.strides=[[2,2,2],[2,2,2]]",), spacing_mm=(0.8, 0.8, 2.5))
+    assert pinned.plan["strides"] == ((2, 2, 2), (2, 2, 2))
+
+
+# --- plan.yaml
+
+
+def test_a_plan_file_trains_what_was_planned(tmp_path):
+    found = planner.plan("wavelet3d", SIZE, 24, ("autoencoder.lr=1e-3", "data.window_hu=abdomen", "model.checkpointing=true"))
+    planner.write_plan(found, tmp_path / "plan.yaml")
+    text = (tmp_path / "plan.yaml").read_text()
+    assert text.startswith("# wavelet3d on 64x128x128")
+    assert planner.plan_method(tmp_path / "plan.yaml") == "wavelet3d"
+    again = load_recipe("wavelet3d", planner.plan_overrides(tmp_path / "plan.yaml"))
+    assert again == load_recipe("wavelet3d", found.overrides)
+    assert (again.autoencoder.lr, again.data.window_hu, again.model.checkpointing) == (1e-3, (-50.0, 200.0), True)
+
+
+def test_a_plan_file_can_be_edited_and_damaged(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text("method: slice2d\nautoencoder.batch: 3\ndata.shape: [4, 64, 64]\n")
+    assert load_recipe(planner.plan_method(file), planner.plan_overrides(file)).autoencoder.batch == 3
+    file.write_text("- 3\n")
+    with pytest.raises(ConfigError, match="not a plan; it has a line `method: NAME`"):
+        planner.plan_overrides(file)
+    with pytest.raises(ConfigError, match="cannot be read as a plan"):
+        planner.plan_overrides(tmp_path / "none.yaml")
+
+
+# --- the command
+
+
+def call(capsys, *arguments: object) -> tuple[int, str, str]:
+    code = __main__.run([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command_as_json(capsys):
+    code, out, _ = call(capsys, "plan", "--method", "stack2d-small", "--size", "64x64x64", "--memory", "2GB", "--json")
+    told = json.loads(out)
+    assert code == 0
+    asked = {"method", "size", "memory_gb", "fits", "train_peak_gb", "encode_peak_gb", "decode_peak_gb", "parameters"}
+    assert asked | {"gflop_per_step", "plan"} <= told.keys()
+    assert (told["method"], told["size"], told["memory_gb"], told["fits"]) == ("stack2d-small", [64, 64, 64], 2.0, True)
+    assert told.keys() == {field.name for field in dataclasses.fields(planner.Plan)}
+
+
+def test_the_command_for_people_and_its_file(capsys, tmp_path):
+    file = tmp_path / "plan.yaml"
+    code, out, _ = call(capsys, "plan", "--method", "wavelet3d", "--size", "64x60x60", "--memory", "2GB", "--out", file)
+    assert code == 0
+    assert "padded to 64x64x64" in out
+    assert "encoder.levels.0.0" in out
+    assert yaml.safe_load(file.read_text())["data.shape"] == [64, 64, 64]
+
+
+def test_the_command_refuses_in_one_line(capsys):
+    arguments = ("plan", "--method", "slice2d", "--size", "64x256x256", "--memory", "500MB")
+    code, out, err = call(capsys, *arguments)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert err.startswith("error: slice2d on 64x256x256 needs 1.0 GB of 0.5; fits on ")
+    code, out, _ = call(capsys, *arguments, "--json")
+    assert code == 2
+    assert json.loads(out)["fits"] is False
+    assert call(capsys, "plan", "--memory", "2GB")[2] == "error: plan: name a DATASET or a size, e.g. --size 64x512x512\n"
+
+
+def test_a_dataset_tells_its_size_spacing_and_count(tmp_path, capsys, scan_hu, write_nifti):
+    for seed in range(4):
+        write_nifti(tmp_path / "scans" / f"case_{seed}.nii.gz", scan_hu(seed), (1.0, 1.0, 2.5))
+    prepare(tmp_path / "scans", tmp_path / "ds", slices=8, fractions=(0.5, 0.25, 0.25), workers=1)
+    code, out, _ = call(capsys, "plan", tmp_path / "ds", "--memory", "4GB", "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert told["size"] == [8, 24, 32]
+    assert told["plan"]["strides"] == [[1, 2, 2], [2, 2, 2]]
+    assert planner.Source.asked(tmp_path / "ds", "16x32x32").groups == 6
+    with pytest.raises(InputError, match="no such dataset"):
+        planner.Source.asked(tmp_path / "none", None)
+
+
+def test_it_is_quick():
+    """The issue's own example, start of Python included: under 15 seconds of processor time."""
+    command = [sys.executable, "-m", "ctvae", "plan", "--method", "wavelet3d", "--size", "64x512x512", "--memory", "4GB"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "planned with" in done.stdout
+    assert after.ru_utime - before.ru_utime < 15
