@@ -98,8 +98,10 @@ def _measured(synthetic: list[Scan], real: Cohort, cache: Path, tell: Progress) 
     if {scan.name for scan in synthetic} & set(everyone):  # files called alike: names have to tell them apart
         synthetic = [_renamed(scan) for scan in synthetic]
     everyone.update({scan.name: scan for scan in synthetic})
-    sizes = [[(scan.shape, scan.spacing_mm) for scan in side] for side in ([*real.reference, *real.others], synthetic)]
-    grid = Grid.over(*sizes)
+    grid = Grid.over(
+        [(scan.shape, scan.spacing_mm) for scan in [*real.reference, *real.others]],
+        [(scan.shape, scan.spacing_mm) for scan in synthetic],
+    )
     summaries = {}
     for done, (name, scan) in enumerate(everyone.items()):
         tell(done, len(everyone), "measuring scans")

@@ -227,7 +227,7 @@ def _diversity(scans: Sequence[Summary], sides: Sides, seed: int) -> Iterator[Me
     usable = np.zeros(len(scans), dtype=bool)
     for side in (sides.synthetic, sides.real):
         usable[rng.choice(side, min(len(side), DIVERSITY_SCANS), replace=False)] = True
-    small = {int(i): np.clip(scans[i].cells, *FULL_HU).astype(np.float32) for i in np.flatnonzero(usable)}
+    small = {int(i): np.clip(scans[int(i)].cells, *FULL_HU).astype(np.float32) for i in np.flatnonzero(usable)}
     known: dict[tuple[int, int], float] = {}
 
     def likeness(i: int, j: int) -> float:

@@ -20,6 +20,7 @@ from ctvae.config import Config, Prior, Size3, Training, Wavelet3D
 from ctvae.device import generator
 from ctvae.latents import LatentCode, LatentSet
 from ctvae.models import build
+from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.wavelet3d import halo
 from ctvae.planning.ledger import Ledger, dry_run, tensor_bytes, to_channels_last
 from ctvae.planning.workspace import Kernels
@@ -187,12 +188,14 @@ def step_shape(cfg: Config) -> Size3:
 # --- the networks --------------------------------------------------------------------------------------------------------
 
 
-def _network(cfg: Config, shape: Size3) -> nn.Module:
+def _network(cfg: Config, shape: Size3) -> Autoencoder:
     network = build(cfg.model, shape)
-    return to_channels_last(network) if cfg.model.kind in ("wavelet3d", "conv3d") else network
+    if cfg.model.kind in ("wavelet3d", "conv3d"):
+        to_channels_last(network)
+    return network
 
 
-def _frozen(cfg: Config) -> nn.Module:
+def _frozen(cfg: Config) -> Autoencoder:
     return _network(cfg, whole(cfg)).eval().requires_grad_(False)
 
 
@@ -241,7 +244,7 @@ def _descend(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer,
     ema.update(network, 0)
 
 
-def _validation(network: nn.Module, ema: EMA, cfg: Config, ledger: Ledger) -> int:
+def _validation(network: Autoencoder, ema: EMA, cfg: Config, ledger: Ledger) -> int:
     """`validate` encodes and decodes whole groups at once, beside everything that training holds."""
     ledger.since()
     with ema.applied_to(network), torch.no_grad():
@@ -272,8 +275,8 @@ def _encoding_groups(cfg: Config, kernels: Kernels) -> int:
 
 
 def _latents(count: int, latent_shape: tuple[int, ...]) -> LatentSet:
-    moments = [torch.empty(count, *latent_shape, dtype=torch.float16) for _ in range(2)]
-    return LatentSet(*moments, torch.empty(count, len(CONDITIONS)), [""] * count)
+    means, logvars = (torch.empty(count, *latent_shape, dtype=torch.float16) for _ in range(2))
+    return LatentSet(means, logvars, torch.empty(count, len(CONDITIONS)), [""] * count)
 
 
 def _flow_step(name: str, network: nn.Module, batch: Callable, settings: Prior, ledger: Ledger) -> int:

@@ -102,7 +102,7 @@ def _peaks(plan: Plan) -> list[str]:
 
 def _value(value: Any) -> str:
     if isinstance(value, tuple | list):
-        return " ".join(map(written, value)) if isinstance(value[0], tuple | list) else written(value)
+        return " ".join(map(written, value)) if isinstance(value[0], tuple | list) else written(value)  # type: ignore[arg-type]
     return {"None": "none", "True": "yes", "False": "no"}.get(str(value), str(value))
 
 
