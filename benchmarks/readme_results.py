@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from ctvae.compare import markdown
+from ctvae.config import load_config
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -21,9 +22,12 @@ SHOWN = ("hu_histogram", "slice_continuity", "frechet_layout", "coverage_layout"
 
 def comparison_section(folder: Path) -> str:
     content = json.loads((folder / "compare.json").read_text())
+    first = folder / "runs" / content["methods"][0]["method"]
+    shape = "x".join(map(str, load_config(first / "config.yaml").data.shape or ()))
     return (
         f"Each method had {content['minutes']:g} minutes of training on two CPU cores, autoencoder and priors together, on "
-        "the same patients of `headneck` (OpenKBP); the last four columns give latents drawn from N(0, I) / from the flow.\n\n"
+        f"the same patients of `headneck` (OpenKBP) at {shape}. The first columns are about reconstructing held-out scans, the last "
+        "four about generated ones: latents drawn from N(0, I) / from the flow.\n\n"
         f"{markdown(content['methods'])}\n![The methods compared](docs/images/compare.png)\n"
     )
 

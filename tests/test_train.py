@@ -23,6 +23,7 @@ from ctvae.training.groups import TrainingGroups, training_shape
 from ctvae.training.train import train
 
 SHAPE = (64, 32, 32)
+JOINT = "prior.design=joint"
 
 
 class Stopped(Exception):
@@ -83,20 +84,29 @@ def test_a_resumed_autoencoder_is_bit_equal(tiny_dataset, tiny_run, tiny_setting
     assert losses(tmp_path, "autoencoder") == losses(tiny_run, "autoencoder")
 
 
-@pytest.mark.parametrize(("stage", "step", "left"), [("coarse", 3, [2, 3, 4, 5]), ("detail", 2, [2])])
-def test_a_resumed_flow_is_bit_equal(tiny_dataset, tiny_run, tiny_settings, tmp_path, monkeypatch, stage, step, left):
-    run = tmp_path / "run"
-    begun(tiny_run, run)
+@pytest.fixture(scope="module")
+def joint_run(tiny_dataset, tiny_settings, tmp_path_factory) -> Path:
+    """As `tiny_run`, with one flow for all bands."""
+    return train(tiny_dataset, tmp_path_factory.mktemp("joint") / "run", overrides=[*tiny_settings, JOINT])
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "left"), [("coarse", 3, [2, 3, 4, 5]), ("detail", 2, [2]), ("joint", 7, [6, 7, 8])]
+)
+def test_a_resumed_flow_is_bit_equal(request, tiny_dataset, tiny_settings, tmp_path, monkeypatch, stage, step, left):
+    finished = request.getfixturevalue("joint_run" if stage == "joint" else "tiny_run")
+    settings, run = [*tiny_settings, *([JOINT] if stage == "joint" else [])], tmp_path / "run"
+    begun(finished, run)
     with monkeypatch.context() as patch:
         stop_in_flow(patch, stage, step)
         with pytest.raises(Stopped):
-            train(tiny_dataset, run, overrides=tiny_settings)
+            train(tiny_dataset, run, overrides=settings)
     with monkeypatch.context() as patch:
         asked = stop_in_flow(patch, "none", 0)
-        train(tiny_dataset, run, overrides=tiny_settings)
+        train(tiny_dataset, run, overrides=settings)
     assert [number for name, number in asked if name == stage] == left
-    assert_same_weights(run, tiny_run)
-    assert losses(run, stage) == losses(tiny_run, stage)
+    assert_same_weights(run, finished)
+    assert losses(run, stage) == losses(finished, stage)
 
 
 def begun(finished: Path, run: Path) -> None:
@@ -158,12 +168,10 @@ def test_the_stored_code_standardises_the_stored_latents(tiny_run):
         assert torch.equal(tensors[f"code.{name}"], fitted.tensors[name])
 
 
-def test_a_joint_flow_trains_and_draws(tiny_dataset, tiny_settings, tmp_path):
-    settings = [s for s in tiny_settings if not s.startswith("prior.design")]
-    run = train(tiny_dataset, tmp_path / "run", overrides=settings)
-    tensors, meta = load(run / "prior-flow.safetensors")
+def test_a_joint_flow_trains_and_draws(joint_run):
+    tensors, meta = load(joint_run / "prior-flow.safetensors")
     assert {name.partition(".")[0] for name in tensors} == {"joint", "code", "conditions"}
-    model = open_model(run)
+    model = open_model(joint_run)
     latents = [model.draw("flow", seed=0, index=index).latent for index in (0, 0, 1)]
     assert latents[0].shape == (1, *meta["latent_shape"])
     assert torch.equal(latents[0], latents[1])
