@@ -26,8 +26,8 @@ def comparison_section(folder: Path) -> str:
     shape = "x".join(map(str, load_config(first / "config.yaml").data.shape or ()))
     return (
         f"Each method had {content['minutes']:g} minutes of training on two CPU cores, autoencoder and priors together, on "
-        f"the same patients of `headneck` (OpenKBP) at {shape}. The first columns are about reconstructing held-out scans, the last "
-        "four about generated ones: latents drawn from N(0, I) / from the flow.\n\n"
+        f"the same patients of `headneck` (OpenKBP) at {shape}. The first columns are about reconstructing held-out scans, "
+        "the last four about generated ones: latents drawn from N(0, I) / from the flow.\n\n"
         f"{markdown(content['methods'])}\n![The methods compared](docs/images/compare.png)\n"
     )
 
