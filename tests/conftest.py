@@ -56,14 +56,15 @@ TINY = (  # a wavelet3d that trains in a second
     "model.widths=[4,8]", "model.blocks=[1,1]", "model.latent_channels=2",
     "autoencoder.steps=6", "autoencoder.log_every=2", "autoencoder.save_every=2", "autoencoder.precision=fp32",
     "prior.steps=9", "prior.log_every=2", "prior.save_every=2", "prior.precision=fp32", "prior.batch=2",
-    "prior.widths=[8,32]", "prior.blocks=1", "prior.detail_width=8", "prior.detail_blocks=1", "prior.mlp_width=16",
-    "prior.sampling_steps=2", "prior.design=cascade",
+    "prior.widths=[8,32]", "prior.blocks=1", "prior.rank=2", "prior.mlp_width=16", "prior.sampling_steps=2",
+    "model.strides=[[2,2,2],[2,2,2]]", "data.patch=null", "polish.enabled=true", "polish.steps=4", "polish.log_every=2",
+    "polish.save_every=2", "polish.discriminator_width=4", "polish.precision=fp32", "autoencoder.batch=1",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def tiny_settings() -> tuple[str, ...]:
-    """`--set` overrides for `tiny_dataset`: 6 steps of the autoencoder, 6 of the coarse flow and 3 of the detail flow."""
+    """`--set` overrides for `tiny_dataset`: 6 steps of the autoencoder, 4 of its polish and 9 of the flow."""
     return TINY
 
 

@@ -24,8 +24,6 @@ SMALL = [  # settings for the tutorial's networks that train in seconds
     "model.latent_channels=4",
     "prior.widths=[8,8]",
     "prior.blocks=1",
-    "prior.detail_width=8",
-    "prior.detail_blocks=1",
     "prior.mlp_width=16",
     "prior.sampling_steps=2",
 ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ctvae.errors import ModelError
-from ctvae.latents import LatentCode, LatentSet, pyramid_steps
+from ctvae.latents import LatentCode, LatentSet
 
 GROUPS = 60
 
@@ -40,95 +40,33 @@ def sampled(latents: LatentSet, times: int = 4) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("posterior_std", [0.01, 0.5, 2.0])
-def test_coarse_and_detail_of_samples_have_unit_variance(posterior_std):
+def test_samples_have_unit_variance_per_channel(posterior_std):
     latents = spatial_latents(posterior_std)
-    coarse, detail = LatentCode.fit(latents, joint=False).encode(sampled(latents))
-    assert coarse.shape == (4 * GROUPS, 3, 2, 3, 4)
-    assert detail is not None
-    assert detail.shape == (4 * GROUPS, 21, 2, 3, 4)
-    torch.testing.assert_close(coarse.mean((0, 2, 3, 4)), torch.zeros(3), rtol=0, atol=0.05)
-    torch.testing.assert_close(coarse.std((0, 2, 3, 4)), torch.ones(3), rtol=0, atol=0.03)
-    torch.testing.assert_close(detail.std((0, 2, 3, 4)), torch.ones(21), rtol=0, atol=0.03)
+    x = LatentCode.fit(latents).encode(sampled(latents))
+    assert x.shape == (4 * GROUPS, 3, 4, 6, 8)
+    torch.testing.assert_close(x.mean((0, 2, 3, 4)), torch.zeros(3), rtol=0, atol=0.05)
+    torch.testing.assert_close(x.std((0, 2, 3, 4)), torch.ones(3), rtol=0, atol=0.03)
 
 
 def test_vectors_of_samples_have_unit_variance():
     latents = vector_latents()
-    flat, detail = LatentCode.fit(latents).encode(sampled(latents, 8))
-    assert detail is None
+    flat = LatentCode.fit(latents).encode(sampled(latents, 8))
     assert flat.shape == (3200, 10)
     torch.testing.assert_close(flat.mean(0), torch.zeros(10), rtol=0, atol=0.08)
     torch.testing.assert_close(flat.std(0), torch.ones(10), rtol=0, atol=0.06)
 
 
-def test_the_coarse_latents_are_block_means():
-    latents = spatial_latents()
-    code = LatentCode.fit(latents, joint=False)
-    coarse, _ = code.encode(latents.means)
-    blocks = torch.nn.functional.avg_pool3d(latents.means, 2).transpose(0, 1).flatten(1)
-    for channel in range(3):
-        both = torch.stack((coarse[:, channel].flatten(), blocks[channel]))
-        assert torch.corrcoef(both)[0, 1].item() == pytest.approx(1.0, abs=1e-5)
-
-
-def test_a_joint_code_is_a_rotation_of_the_standardised_latents():
-    latents = spatial_latents(0.5)
-    z = sampled(latents, 1)
-    code = LatentCode.fit(latents)
-    folded, detail = code.encode(z)
-    assert (detail, folded.shape[1:]) == (None, (24, 2, 3, 4))
-    axes = (0, 2, 3, 4)
-    standard = (z - z.mean(axes, keepdim=True)) / z.std(axes, keepdim=True)
-    assert folded.square().sum().item() == pytest.approx(standard.square().sum().item(), rel=0.02)  # Parseval
-    moved, _ = code.encode(z + 0.01)
-    still, _ = code.encode(z)
-    step = 0.01 / z.std(axes)
-    moved_by = (moved - still).flatten(2).norm(dim=2)[:, :3].mean(0)
-    torch.testing.assert_close(moved_by, step * z[0, 0].numel() ** 0.5, rtol=0.02, atol=0)
-
-
-@pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize("latents", [spatial_latents(), vector_latents()], ids=["spatial", "vector"])
-def test_decode_is_the_inverse_of_encode(latents, joint):
-    code = LatentCode.fit(latents, joint)
+def test_decode_is_the_inverse_of_encode(latents):
+    code = LatentCode.fit(latents)
     z = sampled(latents, 1).double()
-    torch.testing.assert_close(code.decode(*code.encode(z)), z, rtol=1e-6, atol=1e-6)
-
-
-def test_a_code_of_stored_tensors_is_the_same():
-    latents = spatial_latents()
-    code = LatentCode.fit(latents, joint=False)
-    assert set(code.tensors) == {"shift", "scale", "coarse_scale", "detail_scale"}
-    again = LatentCode({name: value.clone() for name, value in code.tensors.items()}, code.steps)
-    for first, second in zip(code.encode(latents.means), again.encode(latents.means), strict=True):
-        assert torch.equal(first, second)
+    torch.testing.assert_close(code.decode(code.encode(z)), z, rtol=1e-6, atol=1e-6)
 
 
 def test_one_group_without_variance_does_not_divide_by_zero():
     still = torch.zeros(1, 2, 4, 4, 4)
-    code = LatentCode.fit(LatentSet(still, still - 30, torch.zeros(1, 3), ["g"]), joint=False)
-    coarse, detail = code.encode(still)
-    assert coarse.isfinite().all()
-    assert detail is not None
-    assert detail.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("sizes", "steps"),
-    [((16, 20, 32), (2, 2, 2)), ((8, 9, 10), (2, 1, 2)), ((2, 4, 3), (1, 2, 1)), ((1, 1, 1), (1, 1, 1))],
-    ids=str,
-)
-def test_axes_are_halved_where_they_are_even_and_long_enough(sizes, steps):
-    assert pyramid_steps(sizes) == steps
-
-
-def test_odd_axes_stay_whole():
-    random = torch.Generator().manual_seed(3)
-    means = torch.randn(20, 2, 4, 5, 6, generator=random)
-    code = LatentCode.fit(LatentSet(means, means - 8, torch.zeros(20, 3), ["g"] * 20), joint=False)
-    coarse, detail = code.encode(means)
-    assert detail is not None
-    assert (coarse.shape[1:], detail.shape[1:]) == ((2, 2, 5, 3), (6, 2, 5, 3))
-    torch.testing.assert_close(code.decode(coarse, detail), means)
+    code = LatentCode.fit(LatentSet(still, still - 30, torch.zeros(1, 3), ["g"]))
+    assert code.encode(still).isfinite().all()
 
 
 def test_posterior_samples_have_the_posteriors_moments():

@@ -15,15 +15,15 @@ from ctvae import runlog
 from ctvae.checkpoint import Checkpoints, load
 from ctvae.config import Data, load_config, load_recipe
 from ctvae.dataset import Dataset
+from ctvae.device import generator
 from ctvae.errors import ConfigError, ModelError, TrainingDiverged
 from ctvae.latents import LatentCode, LatentSet
 from ctvae.model import open_model
-from ctvae.training import autoencoder, prior
+from ctvae.training import autoencoder, polish, prior
 from ctvae.training.groups import TrainingGroups, training_shape
 from ctvae.training.train import train
 
 SHAPE = (64, 32, 32)
-JOINT = "prior.design=joint"
 
 
 class Stopped(Exception):
@@ -36,9 +36,10 @@ def stop_at(monkeypatch, at: int) -> list[int]:
     plain = TrainingGroups.batch
 
     def stopping(self, batch, seed, step):
-        asked.append(step)
-        if step == at:
-            raise Stopped
+        if seed == 0:  # the polish draws from the next seed
+            asked.append(step)
+            if step == at:
+                raise Stopped
         return plain(self, batch, seed, step)
 
     monkeypatch.setattr(TrainingGroups, "batch", stopping)
@@ -84,29 +85,47 @@ def test_a_resumed_autoencoder_is_bit_equal(tiny_dataset, tiny_run, tiny_setting
     assert losses(tmp_path, "autoencoder") == losses(tiny_run, "autoencoder")
 
 
-@pytest.fixture(scope="module")
-def joint_run(tiny_dataset, tiny_settings, tmp_path_factory) -> Path:
-    """As `tiny_run`, with one flow for all bands."""
-    return train(tiny_dataset, tmp_path_factory.mktemp("joint") / "run", overrides=[*tiny_settings, JOINT])
-
-
-@pytest.mark.parametrize(
-    ("stage", "step", "left"), [("coarse", 3, [2, 3, 4, 5]), ("detail", 2, [2]), ("joint", 7, [6, 7, 8])]
-)
-def test_a_resumed_flow_is_bit_equal(request, tiny_dataset, tiny_settings, tmp_path, monkeypatch, stage, step, left):
-    finished = request.getfixturevalue("joint_run" if stage == "joint" else "tiny_run")
-    settings, run = [*tiny_settings, *([JOINT] if stage == "joint" else [])], tmp_path / "run"
-    begun(finished, run)
+def test_a_resumed_flow_is_bit_equal(tiny_dataset, tiny_run, tiny_settings, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    begun(tiny_run, run)
     with monkeypatch.context() as patch:
-        stop_in_flow(patch, stage, step)
+        stop_in_flow(patch, 7)
         with pytest.raises(Stopped):
-            train(tiny_dataset, run, overrides=settings)
+            train(tiny_dataset, run, overrides=tiny_settings)
     with monkeypatch.context() as patch:
-        asked = stop_in_flow(patch, "none", 0)
-        train(tiny_dataset, run, overrides=settings)
-    assert [number for name, number in asked if name == stage] == left
-    assert_same_weights(run, finished)
-    assert losses(run, stage) == losses(finished, stage)
+        asked = stop_in_flow(patch, -1)
+        train(tiny_dataset, run, overrides=tiny_settings)
+    assert asked == [6, 7, 8]
+    assert_same_weights(run, tiny_run)
+    assert losses(run, "flow") == losses(tiny_run, "flow")
+
+
+def test_a_resumed_polish_is_bit_equal_and_leaves_the_encoder(tiny_dataset, tiny_run, tiny_settings, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_in_polish(patch, 3)
+        with pytest.raises(Stopped):
+            train(tiny_dataset, run, overrides=tiny_settings)
+    before = load(run / "autoencoder.safetensors")[0]
+    assert [path.stem for path in Checkpoints(run / "checkpoints", "polish").paths()] == ["polish-00000002"]
+    train(tiny_dataset, run, overrides=tiny_settings)
+    assert_same_weights(run, tiny_run)
+    assert losses(run, "polish") == losses(tiny_run, "polish")
+    after = load(run / "autoencoder.safetensors")[0]
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(name.startswith("decoder.") for name in moved)
+
+
+def stop_in_polish(monkeypatch, at: int) -> None:
+    plain = polish.DecoderObjective.forward
+
+    def stopping(self, x, random):
+        if random.initial_seed() == generator(1, at).initial_seed():
+            raise Stopped
+        return plain(self, x, random)
+
+    monkeypatch.setattr(polish.DecoderObjective, "forward", stopping)
 
 
 def begun(finished: Path, run: Path) -> None:
@@ -118,18 +137,18 @@ def begun(finished: Path, run: Path) -> None:
     (run / "run.json").write_text(text.replace('"prior"', '"was prior"'))
 
 
-def stop_in_flow(monkeypatch, stage: str, at: int) -> list[tuple[str, int]]:
-    """Raise at step `at` of one of the flow's networks; returns the list of (network, step) of the training batches."""
-    asked: list[tuple[str, int]] = []
+def stop_in_flow(monkeypatch, at: int) -> list[int]:
+    """Raise at step `at` of the flow; returns the list of the steps of its training batches."""
+    asked: list[int] = []
     plain = prior.flow_batches
 
-    def wrapped(name, *arguments):
-        make = plain(name, *arguments)
+    def wrapped(*arguments):
+        make = plain(*arguments)
 
         def stopping(latents, step):
             if len(set(latents.groups)) < len(latents):  # the held-out ones have one encoding each
-                asked.append((name, step))
-                if (name, step) == (stage, at):
+                asked.append(step)
+                if step == at:
                     raise Stopped
             return make(latents, step)
 
@@ -163,19 +182,28 @@ def test_a_finished_run_holds_what_the_formats_page_says(tiny_run):
 
 def test_the_stored_code_standardises_the_stored_latents(tiny_run):
     tensors, _ = load(tiny_run / "prior-flow.safetensors")
-    fitted = LatentCode.fit(LatentSet.load(tiny_run / "latents.safetensors"), joint=False)
-    for name in ("shift", "scale", "coarse_scale", "detail_scale"):
+    fitted = LatentCode.fit(LatentSet.load(tiny_run / "latents.safetensors"))
+    for name in ("shift", "scale"):
         assert torch.equal(tensors[f"code.{name}"], fitted.tensors[name])
 
 
-def test_a_joint_flow_trains_and_draws(joint_run):
-    tensors, meta = load(joint_run / "prior-flow.safetensors")
-    assert {name.partition(".")[0] for name in tensors} == {"joint", "code", "conditions"}
-    model = open_model(joint_run)
-    latents = [model.draw("flow", seed=0, index=index).latent for index in (0, 0, 1)]
-    assert latents[0].shape == (1, *meta["latent_shape"])
-    assert torch.equal(latents[0], latents[1])
-    assert not torch.equal(latents[0], latents[2])
+def test_the_stored_flow_starts_from_the_moments_of_posterior_samples(tiny_run):
+    """Mean and variance of every number, against those of many samples."""
+    tensors, meta = load(tiny_run / "prior-flow.safetensors")
+    latents = LatentSet.load(tiny_run / "latents.safetensors")
+    random = torch.Generator().manual_seed(0)
+    code = LatentCode.fit(latents)
+    draws = torch.cat([code.encode(latents.posterior_sample(list(range(len(latents))), random)) for _ in range(200)]).flatten(1)
+    variance = tensors["flow.factors"].square().sum(0) + tensors["flow.rest"]
+    torch.testing.assert_close(tensors["flow.mean"], draws.mean(0), rtol=0, atol=0.15)
+    bessel = len(latents) / (len(latents) - 1)
+    assert (variance.sum() / draws.var(0).sum()).item() == pytest.approx(bessel, rel=0.1)
+    assert {name.partition(".")[0] for name in tensors} == {"flow", "code", "conditions"}
+    model = open_model(tiny_run)
+    drawn = [model.draw("flow", seed=0, index=index).latent for index in (0, 0, 1)]
+    assert drawn[0].shape == (1, *meta["latent_shape"])
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_the_stages_apart_are_the_stages_together(tiny_dataset, tiny_run, tiny_settings, tmp_path):
@@ -288,6 +316,12 @@ def test_noise_has_the_deviation_that_the_settings_say(dataset):
     assert noise.std().item() * 1000 == pytest.approx(20.0, rel=0.05)
 
 
+def test_patches_hold_a_voxel_of_the_body(dataset):
+    groups = groups_of(dataset, patch=(8, 8, 8), max_shift_voxels=(0, 0, 0))
+    x = torch.cat([groups.batch(1, seed=0, step=step) for step in range(30)])
+    assert (x.amax((1, 2, 3, 4)) > 2 * (-300 + 1000) / 2000 - 1).all()
+
+
 def test_patches_are_blocks_of_the_group(dataset):
     x = groups_of(dataset, patch=(16, 8, 64), max_shift_voxels=(0, 0, 0)).batch(1, seed=0, step=0)[0, 0]
     assert x.shape == (16, 8, 32)  # no longer than the group
@@ -300,7 +334,7 @@ def test_patches_are_blocks_of_the_group(dataset):
     ("method", "overrides", "shape"),
     [
         ("wavelet3d", [], (64, 32, 32)),
-        ("wavelet3d", ["data.shape=[60,20,33]"], (64, 24, 40)),  # twice the grid of 4: the prior splits latents again
+        ("wavelet3d", ["data.shape=[60,20,33]"], (64, 24, 40)),
         ("conv3d", [], (64, 64, 64)),
         ("slice2d", [], (64, 32, 32)),
     ],

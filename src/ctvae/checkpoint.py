@@ -79,26 +79,26 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, Tensor]:
     """AdamW's state as flat tensors, named by parameter number and quantity."""
     return {
-        f"optimizer.{number}.{name}": value
+        f"{prefix}.{number}.{name}": value
         for number, state in optimizer.state_dict()["state"].items()
         for name, value in state.items()
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "optimizer") -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        if key.startswith("optimizer."):
+        if key.startswith(f"{prefix}."):
             _, number, name = key.split(".")
             state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class Checkpoints:
-    """The training state of one network: model, EMA and optimiser, the last two kept."""
+    """The training state of one network: model, EMA and optimiser (with an adversary, both optimisers); the last two are kept."""
 
     def __init__(self, folder: Path, name: str):
         self.folder, self.name = folder, name
@@ -106,15 +106,22 @@ class Checkpoints:
     def paths(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self.name}-[0-9]*.safetensors"))
 
-    def save(self, step: int, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> None:
+    def save(
+        self, step: int, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, meta: dict[str, Any],
+        adversary: torch.optim.Optimizer | None = None,
+    ) -> None:  # fmt: skip
         tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in ema.weights.items()}
         tensors |= optimizer_tensors(optimizer)
+        if adversary is not None:
+            tensors |= optimizer_tensors(adversary, "adversary")
         save(self.folder / f"{self.name}-{step:08d}.safetensors", tensors, {"step": step, **meta})
         for old in self.paths()[:-KEPT]:
             old.unlink(missing_ok=True)
 
-    def resume(self, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def resume(
+        self, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, adversary: torch.optim.Optimizer | None = None
+    ) -> dict[str, Any]:
         """Restore the newest readable state in place; {"step": 0} where there is none."""
         for path in reversed(self.paths()):
             try:
@@ -125,6 +132,8 @@ class Checkpoints:
             for name, value in ema.weights.items():
                 value.copy_(tensors[f"ema.{name}"])
             restore_optimizer(optimizer, tensors)
+            if adversary is not None:
+                restore_optimizer(adversary, tensors, "adversary")
             return meta
         return {"step": 0}
 

@@ -4,6 +4,7 @@
     ├── model         which autoencoder: Slice2D | Stack2D | Conv3D | Wavelet3D, told apart by `kind`
     ├── data          intensity window, grid, patch
     ├── autoencoder   how the autoencoder is trained
+    ├── polish        how its decoder is sharpened
     └── prior         how the flow prior is built and trained
 
 A recipe is a YAML file of overrides in `ctvae/recipes/`; its name is the method's name on the command line.
@@ -90,10 +91,10 @@ class Wavelet3D(Section):
     """A Haar stem, then a residual 3D KL autoencoder with spatial latents (`models/wavelet3d.py`)."""
 
     kind: Literal["wavelet3d"] = "wavelet3d"
-    strides: tuple[Size3, ...] = Field(((2, 2, 2), (2, 2, 2)), description="per-axis (D H W) Haar steps, fine to coarse")
-    widths: tuple[int, ...] = Field((32, 128), description="channels after each Haar step")
-    blocks: tuple[int, ...] = Field((1, 3), description="residual blocks after each Haar step")
-    latent_channels: int = Field(8, ge=1, description="channels of the latent volume")
+    strides: tuple[Size3, ...] = Field(((2, 2, 2),) * 3, description="per-axis (D H W) Haar steps, fine to coarse")
+    widths: tuple[int, ...] = Field((32, 128, 160), description="channels after each Haar step")
+    blocks: tuple[int, ...] = Field((1, 2, 2), description="residual blocks after each Haar step")
+    latent_channels: int = Field(32, ge=1, description="channels of the latent volume")
     checkpointing: bool = Field(False, description="recompute each block in the backward pass: less memory, more time")
 
     @property
@@ -172,25 +173,35 @@ class AutoencoderTraining(Training):
     soft_tissue_weight: float = Field(1.0, ge=0, description="L1 again inside -160..240 HU")
 
 
+class Polish(Training):
+    """Sharpening the decoder against a patch discriminator once the autoencoder is trained (spatial latents only)."""
+
+    enabled: bool = False
+    steps: Steps = 2000
+    lr: Positive = 2e-4
+    save_every: int = 200
+    adversarial_weight: float = Field(0.1, ge=0)
+    feature_weight: float = Field(0.5, ge=0, description="on the discriminator's features: the perceptual loss")
+    latent_noise: float = Field(0.1, ge=0, description="noise on the latents, in standard deviations")
+    discriminator_width: int = Field(32, ge=1)
+    discriminator_lr: Positive = 5e-4
+
+
 class Prior(Training):
-    """A rectified flow over latents: coarse to fine for spatial latents, an MLP for vectors (`models/velocity.py`)."""
+    """A rectified flow over latents: a U-Net for spatial ones, an MLP for vectors (`models/velocity.py`)."""
 
     steps: Steps = 20000
-    batch: Steps = 16
+    batch: Steps = 8
     lr: Positive = 1e-3
     ema_decay: Share = 0.998
-    design: Literal["joint", "cascade"] = Field("joint", description="one U-Net for all bands, or anatomy first, then detail")
-    widths: tuple[int, ...] = Field((128, 192, 224), description="channels of the U-Net per resolution, fine to coarse")
+    widths: tuple[int, ...] = Field((96, 160, 192), description="channels of the U-Net per resolution, fine to coarse")
     blocks: int = Field(2, ge=1, description="residual blocks per resolution, down and up")
-    detail_width: int = Field(128, ge=8, description="channels of the cascade's convolutional detail flow")
-    detail_blocks: int = Field(6, ge=1)
-    detail_share: float = Field(0.35, gt=0, lt=1, description="share of the cascade's training time that the detail flow gets")
+    rank: int = Field(64, ge=0, description="principal directions of the Gaussian that the flow starts from")
     mlp_width: int = Field(512, ge=8, description="width of the MLP for vector latents")
     encodings: int = Field(2, ge=1, description="augmented encodings stored per training group")
     sampling_steps: int = Field(25, ge=1, description="Heun steps at generation; two evaluations each")
-    guidance: float = Field(1.5, ge=0, description="classifier-free guidance of the anatomy by the conditions; 1: none")
+    guidance: float = Field(1.5, ge=0, description="classifier-free guidance by the conditions; 1: none")
     null_probability: float = Field(0.1, ge=0, le=1, description="share of steps that hide the conditions")
-
 
     @model_validator(mode="after")
     def _coarse_widths_split_into_heads(self) -> Prior:
@@ -205,7 +216,22 @@ class Config(Section):
     model: Model = Wavelet3D()
     data: Data = Data()
     autoencoder: AutoencoderTraining = AutoencoderTraining()
+    polish: Polish = Polish()
     prior: Prior = Prior()
+
+    @model_validator(mode="after")
+    def _patch_fits_the_grid(self) -> Config:
+        grid = self.model.grid
+        if self.data.patch and any(size % step for size, step in zip(self.data.patch, grid, strict=True)):
+            fixed = tuple(max(step, round(size / step) * step) for size, step in zip(self.data.patch, grid, strict=True))
+            raise ValueError(f"data.patch {self.data.patch} is not a multiple of {grid}; try {fixed}")
+        return self
+
+    @model_validator(mode="after")
+    def _only_spatial_decoders_are_polished(self) -> Config:
+        if self.polish.enabled and self.model.kind != "wavelet3d":
+            raise ValueError(f"polish.enabled: {self.model.kind} has no spatial latents; leave it false")
+        return self
 
 
 def recipe_names() -> list[str]:

@@ -16,7 +16,7 @@ from ctvae.errors import InputError
 from ctvae.model import open_model
 
 PRIORS = ("flow", "normal")  # the fitted ones hold whole training latents
-NETWORKS = ("joint.", "coarse.", "detail.", "vector.")
+NETWORKS = ("flow.",)
 
 
 def export(run: Path | str, out: Path | str, *, card: Path | str | None = None) -> Path:

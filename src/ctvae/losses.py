@@ -24,3 +24,14 @@ def gradient_l1(x: Tensor, y: Tensor) -> Tensor:
 def window_l1(x: Tensor, y: Tensor, low: float, high: float) -> Tensor:
     """Mean absolute difference after clipping to low..high and stretching that to a width of 2."""
     return (x.clamp(low, high) - y.clamp(low, high)).abs().mean() * (2.0 / (high - low))
+
+
+def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """Hinge loss on logits: real ones above 1, decoded ones below -1 (Lim and Ye 2017)."""
+    return (1 - real).relu().mean() + (1 + fake).relu().mean()
+
+
+def feature_matching(real: list[Tensor], fake: list[Tensor]) -> Tensor:
+    """Mean absolute difference of a discriminator's features, each layer relative to the real ones' size (Wang et al. 2018)."""
+    terms = [(a.detach() - b).abs().mean() / a.detach().abs().mean().clamp_min(1e-6) for a, b in zip(real, fake, strict=True)]
+    return sum(terms, start=terms[0].new_zeros(())) / len(terms)

@@ -17,17 +17,19 @@ from torch import Tensor, nn
 
 from ctvae import flow, intensity, preprocess
 from ctvae.checkpoint import file_hash, load
-from ctvae.config import Config, Size3, Wavelet3D, load_config, nearest
+from ctvae.config import Config, Prior, Size3, Wavelet3D, load_config, nearest
 from ctvae.device import generator, place
 from ctvae.errors import InputError, ModelError
-from ctvae.latents import LatentCode, pyramid_steps
+from ctvae.latents import LatentCode
 from ctvae.models import build
+from ctvae.models.velocity import Velocity
 from ctvae.models.wavelet3d import halo
 from ctvae.priors import CLOSED_FORM
 from ctvae.tiling import tiled
 from ctvae.training.groups import CONDITIONS
-from ctvae.training.prior import Conditioning, build_velocities
+from ctvae.training.prior import Conditioning, build_velocity
 from ctvae.volume import Volume
+from ctvae.wiener import WienerVelocity
 
 PACKAGED = Path(__file__).parent / "packaged"
 TILE_VOXELS = (96, 256, 256)  # D H W of an encoding or decoding tile, halo not counted
@@ -159,7 +161,7 @@ class Model:
             raise ModelError(f"{self.folder}: has no prior '{prior}'{nearest(prior, self.priors())} (it has: {known})")
         random = generator(seed, index, stream=11)
         if prior == "flow":
-            return self._flow.draw(random, steps or self.cfg.prior.sampling_steps)
+            return self._flow.draw(self.network.latent_shape, random, steps or self.cfg.prior.sampling_steps)
         tensors, _ = self._prior_tensors(prior)
         fitted = CLOSED_FORM[prior].from_tensors({name: value.numpy() for name, value in tensors.items()})
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=random)))
@@ -173,62 +175,41 @@ class Model:
     def _flow(self) -> FlowPrior:
         tensors, meta = self._prior_tensors("flow")
         tensors = {name: value.float() for name, value in tensors.items()}
-        code = LatentCode(_below("code.", tensors), None)
-        shape = tuple(meta["latent_shape"])
-        code.steps = pyramid_steps(shape[1:]) if len(shape) == 4 else None
-        networks = build_velocities(self.cfg.prior, code, shape, len(CONDITIONS))
-        for name, network in networks.items():
-            self._load_weights(network, _below(f"{name}.", tensors))
+        wiener = WienerVelocity(*(tensors[f"flow.{name}"] for name in ("mean", "factors", "rest")))
+        network = build_velocity(self.cfg.prior, tuple(meta["latent_shape"]), len(CONDITIONS), wiener)
+        self._load_weights(network, _below("flow.", tensors))
         conditioning = Conditioning(tensors["conditions.mean"], tensors["conditions.std"])
-        return FlowPrior(code, networks, conditioning, tensors["conditions.known"], shape, self.cfg.prior.guidance)
+        code = LatentCode(_below("code.", tensors))
+        return FlowPrior(code, network, conditioning, tensors["conditions.known"], self.cfg.prior)
 
 
 @dataclass(frozen=True)
 class FlowPrior:
-    """The trained flow: coarse latents first, then their detail given them; or vectors at once."""
+    """The trained flow, told what a group of the training set was told."""
 
     code: LatentCode
-    networks: dict[str, nn.Module]
+    network: Velocity
     conditioning: Conditioning
     known: Tensor  # [N K] conditions of the training groups
-    latent_shape: tuple[int, ...]
-    guidance: float = 1.0
+    cfg: Prior
 
-    def draw(self, random: torch.Generator, steps: int) -> Draw:
+    def draw(self, latent_shape: tuple[int, ...], random: torch.Generator, steps: int) -> Draw:
         told = _pick(self.known, random)
-        c = self.conditioning.standard(torch.tensor([[told[name] for name in CONDITIONS]]))  # [1 K]
-        if self.code.steps is None:
-            x = self._solve("vector", (math.prod(self.latent_shape),), c, (), random, steps)
-            return Draw(self.code.decode(x, None), told)
-        channels, *sizes = self.latent_shape
-        coarse_sizes = [size // step for size, step in zip(sizes, self.code.steps, strict=True)]
-        if self.code.joint:
-            x = self._solve("joint", (channels * math.prod(self.code.steps), *coarse_sizes), c, (), random, steps)
-            return Draw(self.code.decode(x, None), told)
-        coarse = self._solve("coarse", (channels, *coarse_sizes), c, (), random, steps)
-        bands = math.prod(self.code.steps) - 1
-        detail = self._solve("detail", (channels * bands, *coarse_sizes), c, (coarse,), random, steps)
-        return Draw(self.code.decode(coarse, detail), told)
-
-    def _solve(
-        self, name: str, shape: tuple[int, ...], c: Tensor, given: tuple[Tensor, ...], random: torch.Generator, steps: int
-    ) -> Tensor:
-        network = self.networks[name]
-        device = next(network.parameters()).device
+        device = self.network.mean.device
+        c = self.conditioning.standard(torch.tensor([[told[name] for name in CONDITIONS]])).to(device)  # [1 K]
+        shape = latent_shape if len(latent_shape) == 4 else (math.prod(latent_shape),)
         x0 = torch.randn((1, *shape), generator=random).to(device)
-        c, given = c.to(device), tuple(tensor.to(device) for tensor in given)
+        velocity = self._velocity(c)
+        if self.cfg.guidance != 1.0:
+            velocity = flow.guided(velocity, self._velocity(torch.full_like(c, math.nan)), self.cfg.guidance)
+        return Draw(self.code.decode(flow.sample(velocity, x0, steps).cpu()), told)
 
-        def velocity(told: Tensor) -> flow.Velocity:
-            def at(x: Tensor, t: Tensor) -> Tensor:
-                with torch.autocast(device.type, torch.bfloat16):
-                    return network(x, t, told, *given).float()
+    def _velocity(self, told: Tensor) -> flow.Velocity:
+        def at(x: Tensor, t: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16"):
+                return self.network(x, t, told)
 
-            return at
-
-        if name == "detail" or self.guidance == 1.0:  # detail follows the anatomy; the conditions have had their say
-            return flow.sample(velocity(c), x0, steps).cpu()
-        withheld = torch.full_like(c, math.nan)
-        return flow.sample(flow.guided(velocity(c), velocity(withheld), self.guidance), x0, steps).cpu()
+        return at
 
 
 def _pick(known: Tensor, random: torch.Generator) -> dict[str, float]:

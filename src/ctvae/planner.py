@@ -30,7 +30,6 @@ from ctvae.planning.dry import TrainingCost
 from ctvae.planning.report import Plan, as_yaml, flow
 from ctvae.planning.sizes import parse_size, smaller, strides_for, written
 from ctvae.planning.workspace import Kernels
-from ctvae.training.groups import latent_grid
 
 KEPT_FREE = 0.1  # share of the memory that a plan leaves: the prediction's own error, and what else runs
 SMALLEST_TILE = (32, 64, 64)
@@ -180,7 +179,7 @@ class _Search:
             if strides != cfg.model.strides:
                 settings = (*settings, f"model.strides={[list(step) for step in strides]}")
                 cfg = load_recipe(self.method, settings)
-        shape = intensity.multiple_above(cfg.data.shape or self.source.size, latent_grid(cfg))
+        shape = intensity.multiple_above(cfg.data.shape or self.source.size, cfg.model.grid)
         return (*settings, f"data.shape={list(shape)}")
 
     @property
@@ -298,7 +297,7 @@ class _Search:
     def _nearest_size(self, tried: list[tuple[Option, TrainingCost]]) -> str:
         """The largest smaller group that fits with the settings as asked, or the least that was seen."""
         asked = load_recipe(self.method, self._base())
-        for size in smaller(dry.whole(asked), latent_grid(asked), latent_grid(asked)):
+        for size in smaller(dry.whole(asked), asked.model.grid, asked.model.grid):
             try:
                 cost = dry.training(load_recipe(self.method, (*self._base(), f"data.shape={list(size)}")), self._kernels)
                 if self._fits(cost.peak):

@@ -157,6 +157,7 @@ def _without_minutes(cfg: Config) -> Config:
     return cfg.model_copy(
         update={
             "autoencoder": cfg.autoencoder.model_copy(update={"minutes": None}),
+            "polish": cfg.polish.model_copy(update={"minutes": None}),
             "prior": cfg.prior.model_copy(update={"minutes": None}),
         }
     )

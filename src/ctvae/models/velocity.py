@@ -1,9 +1,9 @@
-"""The velocity networks of the flow prior: a U-Net for coarse latents, plain convolutions for detail, an MLP for vectors.
+"""The velocity of the flow prior: the Wiener filter's, corrected by a U-Net for spatial latents or an MLP for vectors.
 
 Shapes:  B batch   C latent channels   d h w latent voxels   E embedding   K conditions
 
-All three are told the time t [B] and the conditions c [B K] (standardised; NaN marks one that is withheld) through a scale,
-a shift and a gate on each block (Peebles and Xie 2023).
+The networks are told the time t [B] and the conditions c [B K] (standardised; NaN marks one that is withheld), the U-Net
+through a scale, a shift and a gate on each block (Peebles and Xie 2023).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctvae.models.blocks import ChannelNorm, Conv
+from ctvae.wiener import WienerVelocity
 
 EMBEDDING = 256
 
@@ -87,13 +88,32 @@ class Level(nn.Module):
         return x if self.attention is None else self.attention(x)
 
 
+class Velocity(nn.Module):
+    """velocity(x_t, t, c) = Wiener(x_t, t) + correction(x_t, Wiener's guess of x_1, t, c).
+
+    The correction starts at zero, so an untrained network is the fitted Gaussian prior. No preconditioning is needed: given
+    x_t the velocity's variance lies between the data's and 1 along every direction (`wiener.py`).
+    """
+
+    def __init__(self, correction: nn.Module, wiener: WienerVelocity):
+        super().__init__()
+        self.correction = correction
+        self.mean, self.factors, self.rest = (nn.Buffer(tensor.clone()) for tensor in wiener.tensors().values())
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B C ...], [B], [B K]
+        with torch.autocast(x.device.type, enabled=False):
+            linear = WienerVelocity(self.mean, self.factors, self.rest)(x.float(), t)
+            guess = x + (1 - t.view(-1, *[1] * (x.ndim - 1))) * linear
+        return linear + self.correction(torch.cat((x, guess), dim=1), t, c).float()  # [B C ...]
+
+
 class UNet(nn.Module):
-    """Velocity of the coarse latents; sees where each voxel lies and, below the finest grid, all voxels at once."""
+    """Sees where each voxel lies and, below the finest grid, all voxels at once."""
 
     def __init__(self, channels: int, conditions: int, widths: tuple[int, ...], blocks: int):
         super().__init__()
         self.embedding = Embedding(conditions)
-        self.entry = Conv(channels + 3, widths[0], kernel_size=3, padding=1)
+        self.entry = Conv(2 * channels + 3, widths[0], kernel_size=3, padding=1)
         pairs = list(pairwise(widths))
         attends = [level > 0 for level in range(len(widths))]
         self.down = nn.ModuleList(Level(w, blocks, a) for w, a in zip(widths, attends, strict=True))
@@ -105,7 +125,7 @@ class UNet(nn.Module):
         for parameter in self.out.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B C d h w], [B], [B K]
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B 2C d h w], [B], [B K]
         e = self.embedding(t, c)
         x = self.down[0](self.entry(torch.cat((x, coordinates(x)), dim=1)), e)
         skips = []
@@ -119,31 +139,13 @@ class UNet(nn.Module):
         return self.out(F.silu(self.norm(x)))  # [B C d h w]
 
 
-class DetailNet(nn.Module):
-    """Velocity of the detail bands given the coarse latents: convolutions only, so it runs on any size."""
-
-    def __init__(self, channels: int, given: int, conditions: int, width: int, blocks: int):
-        super().__init__()
-        self.embedding = Embedding(conditions)
-        self.entry = Conv(channels + given, width, kernel_size=3, padding=1)
-        self.level = Level(width, blocks, attend=False)
-        self.norm = ChannelNorm(width)
-        self.out = Conv(width, channels, kernel_size=3, padding=1)
-        for parameter in self.out.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, x: Tensor, t: Tensor, c: Tensor, coarse: Tensor) -> Tensor:  # [B C d h w], [B], [B K], [B G d h w]
-        x = self.level(self.entry(torch.cat((x, coarse), dim=1)), self.embedding(t, c))
-        return self.out(F.silu(self.norm(x)))
-
-
 class VectorNet(nn.Module):
-    """Velocity of vector latents: a residual MLP."""
+    """A residual MLP, for vector latents."""
 
     def __init__(self, size: int, conditions: int, width: int, blocks: int):
         super().__init__()
         self.embedding = Embedding(conditions)
-        self.entry = nn.Linear(size, width)
+        self.entry = nn.Linear(2 * size, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(ChannelNorm(2 * width), nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
             for _ in range(blocks)
@@ -153,7 +155,7 @@ class VectorNet(nn.Module):
         for parameter in self.out.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B C], [B], [B K]
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B 2C], [B], [B K]
         e = self.told(F.silu(self.embedding(t, c)))
         x = self.entry(x)
         for block in self.blocks:

@@ -27,7 +27,7 @@ from ctvae.planning.workspace import Kernels
 from ctvae.training.autoencoder import VALIDATION_GROUPS, Objective
 from ctvae.training.groups import CONDITIONS
 from ctvae.training.optimizer import build_optimizer
-from ctvae.training.prior import Conditioning, FlowObjective, build_velocities, flow_batches
+from ctvae.training.prior import Conditioning, FlowObjective, build_velocity, fit_wiener, flow_batches
 
 FLOAT32 = 4
 INT16 = 2
@@ -141,12 +141,12 @@ def prior(cfg: Config, groups: int, kernels: Kernels) -> dict[str, int]:
         latents = _latents(max(2, groups * cfg.prior.encodings), latent_shape)
         stored = ledger.live_bytes
         ledger.since()
-        code = LatentCode.fit(latents, joint=cfg.prior.design == "joint")
+        code = LatentCode.fit(latents)
+        wiener = fit_wiener(cfg.prior, code, latents)
         phases["fitting"] = max(ledger.since(), stored + groups * math.prod(latent_shape) * SVD_COPIES * FLOAT32)
-        conditioning = Conditioning.fit(latents.conditions)
-        for name, network in build_velocities(cfg.prior, code, latent_shape, len(CONDITIONS)).items():
-            batches = flow_batches(name, cfg, code, conditioning)
-            phases[name] = _flow_step(name, network, lambda make=batches: make(latents, 0), cfg.prior, ledger)
+        batches = flow_batches(cfg, code, Conditioning.fit(latents.conditions))
+        network = build_velocity(cfg.prior, latent_shape, len(CONDITIONS), wiener)
+        phases["flow"] = _flow_step("flow", network, lambda: batches(latents, 0), cfg.prior, ledger)
     return phases
 
 

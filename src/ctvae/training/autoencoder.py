@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ctvae import losses, pictures
-from ctvae.checkpoint import EMA, save
+from ctvae.checkpoint import EMA, load, save
 from ctvae.config import AutoencoderTraining, Config, Size3
 from ctvae.device import generator, make_fabric, place
 from ctvae.errors import TrainingDiverged
@@ -25,23 +25,16 @@ from ctvae.training.optimizer import build_optimizer
 VALIDATION_GROUPS = 4
 
 
-class Objective(nn.Module):
-    """The network and its loss in one forward call, so that Fabric can wrap precision and devices around it."""
+class Reconstruction:
+    """The terms that hold the decoded volume y to the original x, both [B 1 D H W] in -1..1."""
 
-    def __init__(self, network: Autoencoder, cfg: AutoencoderTraining, window_hu: tuple[float, float]):
-        super().__init__()
-        self.network, self.cfg = network, cfg
+    def __init__(self, cfg: AutoencoderTraining, window_hu: tuple[float, float]):
+        self.cfg = cfg
         low, high = window_hu
         soft = [2 * (hu - low) / (high - low) - 1 for hu in losses.SOFT_TISSUE_HU]
         self.soft = (max(-1.0, soft[0]), min(1.0, soft[1]))
 
-    def forward(self, x: Tensor, random: torch.Generator) -> dict[str, Tensor]:  # [B 1 D H W]
-        mean, logvar = self.network.encode(x)
-        noise = torch.randn(mean.shape, generator=random).to(mean.device)
-        y = self.network.decode(mean + (0.5 * logvar).exp() * noise)  # [B 1 D H W]
-        return {**self._reconstruction(y.float(), x), **self._kl(mean, logvar)}
-
-    def _reconstruction(self, y: Tensor, x: Tensor) -> dict[str, Tensor]:
+    def __call__(self, y: Tensor, x: Tensor) -> dict[str, Tensor]:
         cfg = self.cfg
         error = y - x
         loss = error.square().flatten(1).sum(1).mean() if cfg.reconstruction == "mse_sum" else error.abs().mean()
@@ -51,6 +44,21 @@ class Objective(nn.Module):
         if cfg.soft_tissue_weight and self.soft[0] < self.soft[1]:
             terms["soft_tissue"] = cfg.soft_tissue_weight * losses.window_l1(y, x, *self.soft)
         return terms
+
+
+class Objective(nn.Module):
+    """The network and its loss in one forward call, so that Fabric can wrap precision and devices around it."""
+
+    def __init__(self, network: Autoencoder, cfg: AutoencoderTraining, window_hu: tuple[float, float]):
+        super().__init__()
+        self.network, self.cfg = network, cfg
+        self.reconstruction = Reconstruction(cfg, window_hu)
+
+    def forward(self, x: Tensor, random: torch.Generator) -> dict[str, Tensor]:  # [B 1 D H W]
+        mean, logvar = self.network.encode(x)
+        noise = torch.randn(mean.shape, generator=random).to(mean.device)
+        y = self.network.decode(mean + (0.5 * logvar).exp() * noise)  # [B 1 D H W]
+        return {**self.reconstruction(y.float(), x), **self._kl(mean, logvar)}
 
     def _kl(self, mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
         kl = losses.kl_to_standard_normal(mean, logvar)
@@ -129,8 +137,17 @@ def save_autoencoder(run: Run, cfg: Config, network: nn.Module, shape: Size3, fi
     save(run.folder / "autoencoder.safetensors", network.state_dict(), meta)
 
 
+def load_autoencoder(run: Run, cfg: Config) -> tuple[Autoencoder, dict]:
+    """The averaged weights of the finished stage and what was noted with them. Raises ModelError."""
+    assert cfg.data.shape is not None
+    tensors, meta = load(run.folder / "autoencoder.safetensors")
+    network = build(cfg.model, cfg.data.shape)
+    network.load_state_dict(tensors)
+    return network, meta
+
+
 @torch.no_grad()
-def validate(network: Autoencoder, groups: TrainingGroups, run: Run, cfg: Config) -> float:
+def validate(network: Autoencoder, groups: TrainingGroups, run: Run, cfg: Config, name: str = "autoencoder") -> float:
     """Mean PSNR in dB over -1..1 of a few held-out groups, pictured beside their reconstructions; NaN without any."""
     rows, psnrs = [], []
     device = next(network.parameters()).device
@@ -142,5 +159,5 @@ def validate(network: Autoencoder, groups: TrainingGroups, run: Run, cfg: Config
         rows += [("held out", groups.as_volume(index, x[0, 0])), ("reconstructed", groups.as_volume(index, y[0, 0]))]
     if not rows:
         return math.nan
-    pictures.preview(rows, run.folder / "previews" / "autoencoder.png", cfg.data.window_hu)
+    pictures.preview(rows, run.folder / "previews" / f"{name}.png", cfg.data.window_hu)
     return sum(psnrs) / len(psnrs)

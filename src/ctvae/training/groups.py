@@ -16,6 +16,8 @@ from ctvae.device import batch_indices, generator
 from ctvae.errors import InputError
 from ctvae.volume import Volume, block_affine
 
+BODY_HU = -300.0
+BODY_STEP = 4  # voxels between the places where a patch may be centred
 CONDITIONS = ("position", "pixel_mm", "slice_mm")
 
 
@@ -28,13 +30,7 @@ def training_shape(dataset: Dataset, cfg: Config) -> Size3:
     if not groups:
         raise InputError(f"{dataset.folder}: no training groups; prepare more scans")
     largest = cfg.data.shape or tuple(max(sizes) for sizes in zip(*(g.shape for g in groups), strict=True))
-    return intensity.multiple_above(largest, latent_grid(cfg))
-
-
-def latent_grid(cfg: Config) -> Size3:
-    """The model's grid, twice as coarse for spatial latents, whose prior splits them once more."""
-    d, h, w = cfg.model.grid
-    return (2 * d, 2 * h, 2 * w) if cfg.model.kind == "wavelet3d" else (d, h, w)
+    return intensity.multiple_above(largest, cfg.model.grid)
 
 
 def conditions(group: Group) -> list[float]:
@@ -48,6 +44,8 @@ class TrainingGroups:
 
     def __init__(self, dataset: Dataset, groups: list[Group], data: Data, shape: Size3):
         self.dataset, self.groups, self.data, self.shape = dataset, groups, data, shape
+        low, high = data.window_hu
+        self.body = 2 * (BODY_HU - low) / (high - low) - 1  # BODY_HU in -1..1
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -84,10 +82,15 @@ class TrainingGroups:
         return torch.from_numpy(intensity.from_hu(fitted, self.data.window_hu))[None]
 
     def _patch(self, volume: Tensor, random: torch.Generator) -> Tensor:
+        """A crop of `data.patch` about a random voxel of the body, inside the volume: air is quickly learned."""
         if self.data.patch is None:
             return volume
-        for axis, size in enumerate(self.data.patch, start=1):
+        body = (volume[0, ::BODY_STEP, ::BODY_STEP, ::BODY_STEP] > self.body).nonzero() * BODY_STEP  # [n 3]
+        if not len(body):
+            body = torch.tensor([[size // 2 for size in volume.shape[1:]]])
+        centre = body[int(torch.randint(len(body), (), generator=random))].tolist()
+        for axis, (size, place) in enumerate(zip(self.data.patch, centre, strict=True), start=1):
+            start = place - int(torch.randint(size, (), generator=random))  # the voxel lies anywhere in the patch
             room = max(0, volume.shape[axis] - size)
-            start = int(torch.randint(0, room + 1, (), generator=random))
-            volume = volume.narrow(axis, start, min(size, volume.shape[axis]))
+            volume = volume.narrow(axis, min(max(0, start), room), min(size, volume.shape[axis]))
         return volume

@@ -1,6 +1,6 @@
 """Stage 2: the priors over the trained autoencoder's latents. The flow's loop stands here; the others are fitted in closed form.
 
-Shapes:  B batch   Z latent channels   d h w coarse latent voxels   K conditions
+Shapes:  B batch   Z latent channels   d h w latent voxels   K conditions
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from ctvae.device import generator, make_fabric, place
 from ctvae.errors import TrainingDiverged
 from ctvae.latents import LatentCode, LatentSet
 from ctvae.models.autoencoder import Autoencoder
-from ctvae.models.velocity import DetailNet, UNet, VectorNet
+from ctvae.models.velocity import UNet, VectorNet, Velocity
 from ctvae.progress import Progress
 from ctvae.runlog import Clock, Curve, Run
 from ctvae.training.groups import CONDITIONS, TrainingGroups, conditions
 from ctvae.training.optimizer import build_optimizer
+from ctvae.wiener import WienerVelocity
 
 HELD_OUT_BATCHES = 4
 LEAST_SPREAD = 0.01  # of a condition that (nearly) all scans share: no other value may come out huge
-COARSE_NOISE = 0.1  # standard deviations added to the coarse latents that the detail flow is given, so that it forgives
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ class Batch(NamedTuple):
 
     x1: Tensor  # [B C ...] data
     conditions: Tensor  # [B K] standardised, NaN where withheld
-    given: tuple[Tensor, ...] = ()  # further inputs of the network
 
 
 class FlowObjective(nn.Module):
@@ -65,21 +64,22 @@ class FlowObjective(nn.Module):
         x1 = batch.x1
         x0 = torch.randn(x1.shape, generator=random).to(x1.device)
         t = flow.logit_normal_times(len(x1), random).to(x1.device)
-        return flow.matching_loss(lambda x, t: self.network(x, t, batch.conditions, *batch.given).float(), x0, x1, t)
+        return flow.matching_loss(lambda x, t: self.network(x, t, batch.conditions), x0, x1, t)
 
 
-def build_velocities(cfg: Prior, code: LatentCode, latent_shape: tuple[int, ...], known: int) -> dict[str, nn.Module]:
-    """The flow's networks by name, in the order in which they are trained and sampled."""
-    if code.steps is None:
-        return {"vector": VectorNet(math.prod(latent_shape), known, cfg.mlp_width, blocks=4)}
-    channels = latent_shape[0]
-    if code.joint:
-        return {"joint": UNet(channels * math.prod(code.steps), known, cfg.widths, cfg.blocks)}
-    detail = channels * (math.prod(code.steps) - 1)
-    return {
-        "coarse": UNet(channels, known, cfg.widths, cfg.blocks),
-        "detail": DetailNet(detail, channels, known, cfg.detail_width, cfg.detail_blocks),
-    }
+def build_velocity(cfg: Prior, latent_shape: tuple[int, ...], known: int, wiener: WienerVelocity) -> Velocity:
+    """The flow's network for latents of `latent_shape`, [Z d h w] or [N Z], told `known` conditions."""
+    if len(latent_shape) == 4:
+        return Velocity(UNet(latent_shape[0], known, cfg.widths, cfg.blocks), wiener)
+    return Velocity(VectorNet(math.prod(latent_shape), known, cfg.mlp_width, blocks=4), wiener)
+
+
+def fit_wiener(cfg: Prior, code: LatentCode, latents: LatentSet) -> WienerVelocity:
+    """The Wiener velocity of the training latents, posterior variance included."""
+    rows = code.encode(latents.means.float()).flatten(1)  # [N P]
+    scale = (code.encode(torch.ones_like(latents.means[:1]).float()) - code.encode(torch.zeros_like(latents.means[:1]).float()))
+    noise = latents.logvars.float().exp().mean(0).flatten() * scale.flatten().square()
+    return WienerVelocity.fit(rows, noise, cfg.rank)
 
 
 def train_prior(run: Run, cfg: Config, latents: LatentSet, held_out: LatentSet | None) -> None:
@@ -88,23 +88,18 @@ def train_prior(run: Run, cfg: Config, latents: LatentSet, held_out: LatentSet |
     Raises TrainingDiverged when a loss is not finite.
     """
     fit_closed_form(run, latents)
-    code = LatentCode.fit(latents, joint=cfg.prior.design == "joint")
+    code = LatentCode.fit(latents)
     conditioning = Conditioning.fit(latents.conditions)
     shape = tuple(latents.means.shape[1:])
     torch.manual_seed(cfg.seed)
-    networks = build_velocities(cfg.prior, code, shape, len(CONDITIONS))
-    shares = {"vector": 1.0, "joint": 1.0, "coarse": 1 - cfg.prior.detail_share, "detail": cfg.prior.detail_share}
-    figures: dict[str, float] = {}
-    for name, network in networks.items():
-        batches = flow_batches(name, cfg, code, conditioning)
-        figures |= train_flow(run, cfg, name, network, Data(latents, held_out, batches), shares[name])
-    tensors = {f"{name}.{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
+    network = build_velocity(cfg.prior, shape, len(CONDITIONS), fit_wiener(cfg.prior, code, latents))
+    figures = train_flow(run, cfg, network, Data(latents, held_out, flow_batches(cfg, code, conditioning)))
+    tensors = {f"flow.{key}": value for key, value in network.state_dict().items()}
     tensors |= {f"code.{key}": value for key, value in code.tensors.items()}
     tensors |= {"conditions.mean": conditioning.mean, "conditions.std": conditioning.std, "conditions.known": latents.conditions}
     save(run.folder / "prior-flow.safetensors", tensors, {"latent_shape": shape, "conditions": CONDITIONS, **figures})
     run.finish_stage("prior", **figures)
-    for name in networks:
-        run.checkpoints(name).clear()
+    run.checkpoints("flow").clear()
 
 
 def fit_closed_form(run: Run, latents: LatentSet) -> None:
@@ -131,43 +126,36 @@ class Data:
     batches: BatchMaker
 
 
-def flow_batches(name: str, cfg: Config, code: LatentCode, conditioning: Conditioning) -> BatchMaker:
-    """How batches are made for one of the flow's networks: (latents, step) -> Batch."""
+def flow_batches(cfg: Config, code: LatentCode, conditioning: Conditioning) -> BatchMaker:
+    """How the flow's batches are made: (latents, step) -> Batch."""
 
     def make(latents: LatentSet, step: int) -> Batch:
         random = generator(cfg.seed, step, stream=3)
         z, known = latents.batch(cfg.prior.batch, cfg.seed, step)
-        coarse, detail = code.encode(z)
         told = conditioning.standard(known)
         hidden = torch.rand(len(told), 1, generator=random) < cfg.prior.null_probability
-        told = told.masked_fill(hidden, math.nan)
-        if name != "detail":
-            return Batch(coarse, told)
-        assert detail is not None
-        given = coarse + COARSE_NOISE * torch.randn(coarse.shape, generator=random)
-        return Batch(detail, told, (given,))
+        return Batch(code.encode(z), told.masked_fill(hidden, math.nan))
 
     return make
 
 
-def train_flow(run: Run, cfg: Config, name: str, network: nn.Module, data: Data, share: float) -> dict[str, float]:
-    """Fit one velocity network, leaving its averaged weights in it; returns its figures."""
+def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data) -> dict[str, float]:
+    """Fit the velocity network, leaving its averaged weights in it; returns its figures."""
     settings = cfg.prior
     fabric = make_fabric(settings.precision)
     place(network, fabric.device)
     ema = EMA(network, settings.ema_decay)
     optimizer = build_optimizer(network, settings)
-    checkpoints = run.checkpoints(name)
+    checkpoints = run.checkpoints("flow")
     meta = checkpoints.resume(network, ema, optimizer)
     start = int(meta["step"])
-    steps = max(1, round(settings.steps * share))
-    clock = Clock(settings, steps, settings.minutes and settings.minutes * share, meta.get("seconds", 0.0))
-    curve = Curve(run, name, start)
+    clock = Clock(settings, settings.steps, settings.minutes, meta.get("seconds", 0.0))
+    curve = Curve(run, "flow", start)
     objective, fabric_optimizer = fabric.setup(FlowObjective(network), optimizer)
     window = torch.zeros((), device=fabric.device)
     step, logged, held_out = start, start, math.nan
 
-    with Progress(f"prior: {name}", total=steps) as bar:
+    with Progress("prior: flow", total=settings.steps) as bar:
         while True:
             progress = clock.progress(step)
             last = progress >= 1.0
@@ -177,7 +165,7 @@ def train_flow(run: Run, cfg: Config, name: str, network: nn.Module, data: Data,
                 mean = (window / (step - logged)).item()
                 if not math.isfinite(mean):
                     raise TrainingDiverged(
-                        f"{run.folder}: {name} loss is {mean} by step {step}; train again with another --out and "
+                        f"{run.folder}: flow loss is {mean} by step {step}; train again with another --out and "
                         f"--set prior.lr={settings.lr / 3:.2g}"
                     )
                 curve.log(step, {"loss": mean, "held_out": held_out, "lr": optimizer.param_groups[0]["lr"]})
@@ -186,7 +174,7 @@ def train_flow(run: Run, cfg: Config, name: str, network: nn.Module, data: Data,
                 logged = step
             if step > start and (last or step % settings.save_every == 0):
                 checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds})
-                held_out = held_out_loss(network, ema, data)
+                held_out = held_out_loss(network, ema, data, settings.precision)
             if last:
                 break
 
@@ -204,7 +192,7 @@ def train_flow(run: Run, cfg: Config, name: str, network: nn.Module, data: Data,
 
     curve.close()
     network.load_state_dict(ema.weights)
-    return {f"{name}_steps": step, f"{name}_seconds": round(clock.seconds), f"{name}_loss": round(mean_or_nan(held_out), 4)}
+    return {"flow_steps": step, "flow_seconds": round(clock.seconds), "flow_loss": round(mean_or_nan(held_out), 4)}
 
 
 def mean_or_nan(value: float) -> float:
@@ -212,13 +200,13 @@ def mean_or_nan(value: float) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(network: nn.Module, ema: EMA, data: Data) -> float:
+def held_out_loss(network: nn.Module, ema: EMA, data: Data, precision: str) -> float:
     """Loss of the averaged weights on held-out groups, always with the same noise and times; NaN without any."""
     if data.held_out is None:
         return math.nan
     device = next(network.parameters()).device
     total = 0.0
-    with ema.applied_to(network), torch.autocast(device.type, torch.bfloat16):
+    with ema.applied_to(network), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for step in range(HELD_OUT_BATCHES):
             batch = to_device(data.batches(data.held_out, step), device)
             total += FlowObjective(network)(batch, generator(1, step)).mean().item()
@@ -226,7 +214,7 @@ def held_out_loss(network: nn.Module, ema: EMA, data: Data) -> float:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.x1.to(device), batch.conditions.to(device), tuple(given.to(device) for given in batch.given))
+    return Batch(batch.x1.to(device), batch.conditions.to(device))
 
 
 @torch.no_grad()

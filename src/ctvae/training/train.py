@@ -16,11 +16,12 @@ from ctvae.models import build
 from ctvae.runlog import Run
 from ctvae.training.autoencoder import train_autoencoder
 from ctvae.training.groups import TrainingGroups, training_shape
+from ctvae.training.polish import polish_decoder
 from ctvae.training.prior import encode_groups, train_prior
 
 STAGES = ("autoencoder", "prior", "both")
-AUTOENCODER_SHARE = {"wavelet3d": 0.4}  # of --minutes; the other methods' vector priors are quick
-OTHER_SHARE = 0.8
+SHARES = {"autoencoder": 0.8, "polish": 0.0, "prior": 0.2}  # of --minutes; vector priors are quick
+POLISHED_SHARES = {"autoencoder": 0.3, "polish": 0.12, "prior": 0.58}
 
 
 def train(
@@ -46,6 +47,8 @@ def train(
     run = Run.create_or_resume(folder, cfg, data.fingerprint)
     if stage != "prior" and not run.stage_done("autoencoder"):
         train_autoencoder(run, cfg, _groups(data, cfg, "train"), _groups(data, cfg, "validation"))
+    if stage != "prior" and cfg.polish.enabled and not run.stage_done("polish"):
+        polish_decoder(run, cfg, _groups(data, cfg, "train"), _groups(data, cfg, "validation"))
     if stage != "autoencoder" and not run.stage_done("prior"):
         train_prior(run, cfg, *_latents(run, data, cfg))
     return folder
@@ -61,13 +64,13 @@ def _settings(
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"shape": training_shape(data, cfg)})})
     if minutes is None:
         return cfg
-    share = AUTOENCODER_SHARE.get(cfg.model.kind, OTHER_SHARE) if stage == "both" else 1.0
-    return cfg.model_copy(
-        update={
-            "autoencoder": cfg.autoencoder.model_copy(update={"minutes": minutes * share}),
-            "prior": cfg.prior.model_copy(update={"minutes": minutes * ((1 - share) if stage == "both" else 1.0)}),
-        }
-    )
+    shares = POLISHED_SHARES if cfg.polish.enabled else SHARES
+    asked = {"autoencoder": ("autoencoder", "polish"), "prior": ("prior",), "both": tuple(shares)}[stage]
+    total = sum(shares[name] for name in asked)
+    sections = {
+        name: getattr(cfg, name).model_copy(update={"minutes": minutes * shares[name] / total}) for name in asked if shares[name]
+    }
+    return cfg.model_copy(update=sections)
 
 
 def _groups(data: Dataset, cfg: Config, split: str) -> TrainingGroups:

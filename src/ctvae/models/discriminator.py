@@ -1,0 +1,41 @@
+"""A patch discriminator of volumes: is the neighbourhood of each place real or decoded?
+
+Shapes:  B batch   D H W voxels   C channels
+
+Like the autoencoder it looks at Haar bands, where texture and edges are channels of their own, at an eighth of the cost of
+voxels. Its features serve as the perceptual loss, so nothing has to be downloaded (Larsen et al. 2016).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctvae import haar
+from ctvae.models.blocks import Conv
+
+
+class PatchDiscriminator(nn.Module):
+    """Logits [B 1 d h w] at a quarter of the resolution, each seeing about 30 voxels along an axis."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                Conv(8, width, kernel_size=3, padding=1),
+                Conv(8 * width, 2 * width, kernel_size=1),  # after a second Haar step
+                Conv(2 * width, 2 * width, kernel_size=3, padding=1),
+                Conv(2 * width, 2 * width, kernel_size=3, padding=1),
+            ]
+        )
+        self.out = nn.Conv3d(2 * width, 1, kernel_size=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:  # [B 1 D H W], D H W multiples of 4
+        """Logits (high: real) and the features of every layer, fine to coarse."""
+        features = []
+        for number, layer in enumerate(self.layers):
+            if number < 2:
+                x = haar.forward(x)  # halves D, H, W
+            x = F.leaky_relu(layer(x), 0.2)
+            features.append(x)
+        return self.out(x), features

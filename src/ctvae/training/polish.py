@@ -1,0 +1,152 @@
+"""Stage 1b: the decoder learns to be sharp. The encoder, and with it every latent, stays as it is.
+
+A decoder trained on absolute error draws the median of what a latent may stand for: a blur. Here a patch discriminator
+tells its patches from real ones, the decoder is trained against that and on the discriminator's features besides its first
+losses (Larsen et al. 2016, Esser et al. 2021), and its latents get a little noise, so that it forgives a prior's errors.
+
+Shapes:  B batch   D H W voxels   Z latent channels
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ctvae import losses
+from ctvae.checkpoint import EMA
+from ctvae.config import Config
+from ctvae.device import generator, make_fabric, place
+from ctvae.errors import TrainingDiverged
+from ctvae.models.autoencoder import Autoencoder
+from ctvae.models.discriminator import PatchDiscriminator
+from ctvae.progress import Progress
+from ctvae.runlog import Clock, Curve, Run
+from ctvae.training.autoencoder import Reconstruction, load_autoencoder, save_autoencoder, validate
+from ctvae.training.groups import TrainingGroups
+from ctvae.training.optimizer import build_optimizer
+
+
+class Pair(nn.Module):
+    """What is saved and resumed together."""
+
+    def __init__(self, decoder: nn.Module, discriminator: nn.Module):
+        super().__init__()
+        self.decoder, self.discriminator = decoder, discriminator
+
+
+class DecoderObjective(nn.Module):
+    """The decoder's losses in one forward call, so that Fabric can wrap precision and devices around it."""
+
+    def __init__(self, network: Autoencoder, discriminator: PatchDiscriminator, cfg: Config):
+        super().__init__()
+        self.network, self.discriminator, self.cfg = network, discriminator, cfg.polish
+        self.reconstruction = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
+
+    def forward(self, x: Tensor, random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Decoded patches [B 1 D H W] and the loss terms."""
+        y = self.network.decode(noisy_latents(self.network, x, self.cfg.latent_noise, random)).float()
+        logits, fake = self.discriminator(y)
+        with torch.no_grad():
+            _, real = self.discriminator(x)
+        adversarial = {
+            "adversarial": -self.cfg.adversarial_weight * logits.float().mean(),
+            "features": self.cfg.feature_weight * losses.feature_matching(real, fake).float(),
+        }
+        return y, {**self.reconstruction(y, x), **adversarial}
+
+
+class DiscriminatorObjective(nn.Module):
+    def __init__(self, discriminator: PatchDiscriminator):
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:  # [B 1 D H W] each
+        return losses.hinge_discriminator(self.discriminator(real)[0].float(), self.discriminator(fake)[0].float())
+
+
+def noisy_latents(network: Autoencoder, x: Tensor, noise: float, random: torch.Generator) -> Tensor:
+    """Posterior samples with further noise, `noise` times each channel's spread over the batch: [B Z d h w]."""
+    with torch.no_grad():
+        mean, logvar = network.encode(x)
+        spread = mean.std((0, 2, 3, 4), keepdim=True)
+        sigma = (logvar.exp() + (noise * spread).square()).sqrt()
+        return mean + sigma * torch.randn(mean.shape, generator=random).to(mean.device)
+
+
+def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: TrainingGroups) -> None:
+    """Sharpen the trained autoencoder's decoder; resumes from `run`. Replaces run/autoencoder.safetensors at the end.
+
+    Raises TrainingDiverged when a loss is not finite.
+    """
+    settings = cfg.polish
+    fabric = make_fabric(settings.precision)
+    torch.manual_seed(cfg.seed + 1)
+    network, noted = load_autoencoder(run, cfg)
+    network.encoder.requires_grad_(False)
+    pair = Pair(network.decoder, PatchDiscriminator(settings.discriminator_width))
+    for module in (network, pair.discriminator):
+        place(module, fabric.device)
+    ema = EMA(pair, settings.ema_decay)
+    optimizer = build_optimizer(network.decoder, settings)
+    judge = torch.optim.Adam(pair.discriminator.parameters(), lr=settings.discriminator_lr, betas=(0.5, 0.9))
+    checkpoints = run.checkpoints("polish")
+    meta = checkpoints.resume(pair, ema, optimizer, judge)
+    start = int(meta["step"])
+    clock = Clock(settings, settings.steps, settings.minutes, meta.get("seconds", 0.0))
+    curve = Curve(run, "polish", start)
+    draw, fabric_optimizer = fabric.setup(DecoderObjective(network, pair.discriminator, cfg), optimizer)
+    tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator), judge)
+    window: dict[str, Tensor] = {}
+    step, logged, held_out = start, start, math.nan
+
+    with Progress("polish", total=settings.steps) as bar:
+        while True:
+            progress = clock.progress(step)
+            last = progress >= 1.0
+
+            # Report and save before the update, so that a resumed run repeats nothing.
+            if step > logged and (last or step % settings.log_every == 0):
+                means = {name: (value / (step - logged)).item() for name, value in window.items()}
+                total = sum(means.values())
+                if not math.isfinite(total):
+                    raise TrainingDiverged(
+                        f"{run.folder}: the decoder's loss is not finite by step {step}; train again with another --out and "
+                        f"--set polish.lr={settings.lr / 3:.2g}"
+                    )
+                curve.log(step, {"loss": total, **means, "lr": optimizer.param_groups[0]["lr"], "held_out_psnr_db": held_out})
+                bar.update(step, loss=total, seconds_left=clock.seconds_left(step, start))
+                window, logged = {}, step
+            if step > start and (last or step % settings.save_every == 0):
+                checkpoints.save(step, pair, ema, optimizer, {"seconds": clock.seconds}, judge)
+                with ema.applied_to(pair):
+                    held_out = validate(network, validation, run, cfg, "polish")
+            if last:
+                break
+
+            # One step of the decoder, then one of the discriminator. Randomness depends on (seed, step) alone.
+            x = fabric.to_device(training.batch(settings.batch, cfg.seed + 1, step))  # [B 1 D H W]
+            optimizer.param_groups[0]["lr"] = clock.lr(step, progress)
+            pair.discriminator.requires_grad_(False)
+            y, terms = draw(x, generator(cfg.seed + 1, step))
+            fabric_optimizer.zero_grad(set_to_none=True)
+            fabric.backward(sum(terms.values()))
+            nn.utils.clip_grad_norm_(network.decoder.parameters(), settings.max_grad_norm)
+            fabric_optimizer.step()
+            pair.discriminator.requires_grad_(True)
+            terms["discriminator"] = tell(x, y.detach())
+            fabric_judge.zero_grad(set_to_none=True)
+            fabric.backward(terms["discriminator"])
+            fabric_judge.step()
+            ema.update(pair, step)
+            for name, value in terms.items():
+                window[name] = window.get(name, 0.0) + value.detach().float()
+            step += 1
+
+    curve.close()
+    pair.load_state_dict(ema.weights)
+    figures = {"validation_psnr_db": round(held_out, 3)} if math.isfinite(held_out) else {}
+    save_autoencoder(run, cfg, network, training.shape, {**noted, "polish_steps": step, **figures})
+    run.finish_stage("polish", steps=step, seconds=round(clock.seconds), **figures)
+    checkpoints.clear()
