@@ -13,7 +13,7 @@ from ctvae.models.blocks import ChannelNorm, Conv, ResBlock
 from ctvae.models.wavelet3d import INITIAL_LOGVAR, Wavelet3DVAE, halo
 
 CONFIGS = {
-    "default": Wavelet3D(widths=(4, 8), blocks=(1, 2), latent_channels=3),
+    "two levels": Wavelet3D(strides=((2, 2, 2),) * 2, widths=(4, 8), blocks=(1, 2), latent_channels=3),
     "flat": Wavelet3D(strides=((1, 2, 2), (2, 2, 2)), widths=(4, 8), blocks=(1, 1), latent_channels=2),
     "one level": Wavelet3D(strides=((2, 2, 1),), widths=(6,), blocks=(1,), latent_channels=2),
 }
@@ -54,7 +54,7 @@ def test_the_latent_shape_is_said_beforehand():
 
 def test_a_size_off_the_grid_is_refused():
     with pytest.raises(ValueError, match="is not a multiple of 2"):
-        build(CONFIGS["default"], (4, 4, 4)).encode(torch.zeros(1, 1, 4, 6, 4))
+        build(CONFIGS["two levels"], (4, 4, 4)).encode(torch.zeros(1, 1, 4, 6, 4))
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def test_the_decoder_reaches_exactly_as_far_as_the_halo_counts():
 
 
 def test_recomputing_blocks_gives_the_same_gradients():
-    x, cfg = noise(1, 1, 8, 8, 8), CONFIGS["default"]
+    x, cfg = noise(1, 1, 8, 8, 8), CONFIGS["two levels"]
     gradients, losses = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -101,7 +101,7 @@ def test_recomputing_blocks_gives_the_same_gradients():
 
 
 def test_checkpointing_does_recompute():
-    model = build(CONFIGS["default"].model_copy(update={"checkpointing": True}), (4, 4, 4))
+    model = build(CONFIGS["two levels"].model_copy(update={"checkpointing": True}), (4, 4, 4))
     calls = []
     model.encoder.levels[0][0].conv1.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     mean, _ = model.encode(noise(1, 1, 4, 4, 4))
@@ -152,7 +152,7 @@ def test_a_convolutions_bf16_gradient_is_right_at_any_depth(depth):
 def test_shallow_volumes_train_in_bf16():
     """8 slices are 4 at the finest and 2 at the coarsest grid."""
     torch.manual_seed(0)
-    model, x = lively(build(CONFIGS["default"], (8, 16, 16))), noise(2, 1, 8, 16, 16)
+    model, x = lively(build(CONFIGS["two levels"], (8, 16, 16))), noise(2, 1, 8, 16, 16)
     gradients = []
     for enabled in (False, True):
         model.zero_grad()

@@ -21,6 +21,7 @@ from ctvae.device import generator, make_fabric, place
 from ctvae.errors import TrainingDiverged
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.discriminator import PatchDiscriminator
+from ctvae.models.wavelet3d import Wavelet3DVAE
 from ctvae.progress import Progress
 from ctvae.runlog import Clock, Curve, Run
 from ctvae.training.autoencoder import Reconstruction, load_autoencoder, save_autoencoder, validate
@@ -31,7 +32,9 @@ from ctvae.training.optimizer import build_optimizer
 class Pair(nn.Module):
     """What is saved and resumed together."""
 
-    def __init__(self, decoder: nn.Module, discriminator: nn.Module):
+    discriminator: PatchDiscriminator
+
+    def __init__(self, decoder: nn.Module, discriminator: PatchDiscriminator):
         super().__init__()
         self.decoder, self.discriminator = decoder, discriminator
 
@@ -84,6 +87,7 @@ def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: 
     fabric = make_fabric(settings.precision)
     torch.manual_seed(cfg.seed + 1)
     network, noted = load_autoencoder(run, cfg)
+    assert isinstance(network, Wavelet3DVAE)
     network.encoder.requires_grad_(False)
     pair = Pair(network.decoder, PatchDiscriminator(settings.discriminator_width))
     for module in (network, pair.discriminator):
