@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from ctvae import checkpoint
 from ctvae import model as model_module
 from ctvae.dataset import Dataset
 from ctvae.errors import InputError, ModelError
@@ -130,6 +133,16 @@ def test_others_scans_are_not_taken_for_ones_own(tiny_run, tmp_path):
     path = generate(tiny_run, tmp_path, count=1, prior="normal")[0]
     line = refused(InputError, generate, tiny_run, tmp_path, count=1, prior="flow")
     assert line.startswith(f"{path}: was made by another model, prior or --steps")
+
+
+def test_a_prior_that_was_trained_again_is_another_model(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    path = generate(run, tmp_path / "out", count=1)[0]
+    told = json.loads(sidecar(path).read_text())
+    assert told["prior_sha256"] == hashlib.sha256((run / "prior-flow.safetensors").read_bytes()).hexdigest()[:16]
+    tensors, meta = checkpoint.load(run / "prior-flow.safetensors")
+    checkpoint.save(run / "prior-flow.safetensors", {**tensors, "flow.mean": tensors["flow.mean"] + 0.1}, meta)
+    assert "another model, prior" in refused(InputError, generate, run, tmp_path / "out", count=1)
     assert "--steps" in refused(InputError, generate, tiny_run, tmp_path, count=1, prior="normal", steps=9)
     sidecar(path).write_text("{")
     assert "--overwrite" in refused(InputError, generate, tiny_run, tmp_path, count=1, prior="normal")

@@ -16,7 +16,7 @@ from ctvae.checkpoint import file_hash
 from ctvae.device import generator
 from ctvae.errors import InputError
 from ctvae.model import Model as TrainedModel
-from ctvae.model import Posterior, open_model, packaged_models
+from ctvae.model import Posterior, model_folder, packaged_models
 from ctvae.progress import Progress
 from ctvae.scan import Scan, read_scan
 from ctvae.version import __version__
@@ -58,8 +58,9 @@ class Model(TrainedModel):
         hu = self.decode(draw.latent)
         depth, height, width = hu.shape
         volume = Volume(hu, plain_affine((x_mm, x_mm, z_mm), (depth, height, width)))
-        return Synthetic(volume, self.provenance(prior=prior, seed=seed, index=index, conditions=draw.conditions,
-                                                 steps=steps or self.cfg.prior.sampling_steps))  # fmt: skip
+        facts = {"prior": prior, "prior_sha256": self.prior_hash(prior), "seed": seed, "index": index}
+        steps = steps or self.cfg.prior.sampling_steps
+        return Synthetic(volume, self.provenance(**facts, conditions=draw.conditions, steps=steps))
 
     def provenance(self, **facts: Any) -> dict[str, Any]:
         return {
@@ -74,7 +75,7 @@ class Model(TrainedModel):
 
 def load(model: Path | str) -> Model:
     """A run folder or the name of a packaged model, ready to use. Raises ModelError."""
-    return Model(open_model(model).folder)
+    return Model(model_folder(model))
 
 
 def generate(
@@ -105,7 +106,7 @@ def generate(
 
 
 def _refuse_foreign(paths: list[Path], model: Model, prior: str, steps: int) -> None:
-    ours = {"model_sha256": model.hash, "prior": prior, "steps": steps}
+    ours = {"model_sha256": model.hash, "prior_sha256": model.prior_hash(prior), "prior": prior, "steps": steps}
     for path in paths:
         if path.exists() and sidecar(path).exists() and not ours.items() <= _told(sidecar(path)).items():
             raise InputError(f"{path}: was made by another model, prior or --steps; choose another --out or --overwrite")

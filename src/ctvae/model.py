@@ -156,9 +156,7 @@ class Model:
     @torch.no_grad()
     def draw(self, prior: str, seed: int, index: int, steps: int | None = None) -> Draw:
         """Latent number `index` of `seed` from a prior: the same whatever else is drawn. Raises ModelError for an unknown one."""
-        if prior not in self.priors():
-            known = ", ".join(self.priors()) or "none yet; train with --stage prior"
-            raise ModelError(f"{self.folder}: has no prior '{prior}'{nearest(prior, self.priors())} (it has: {known})")
+        self._check_prior(prior)
         random = generator(seed, index, stream=11)
         if prior == "flow":
             return self._flow.draw(self.network.latent_shape, random, steps or self.cfg.prior.sampling_steps)
@@ -167,6 +165,16 @@ class Model:
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=random)))
         z = torch.from_numpy(np.asarray(fitted.sample(rng), np.float32))[None]
         return Draw(z, _pick(tensors["conditions.known"], random))
+
+    def prior_hash(self, prior: str) -> str:
+        """The first 16 hex digits of the SHA-256 of a prior's weights."""
+        self._check_prior(prior)
+        return file_hash(self.folder / f"prior-{prior}.safetensors")
+
+    def _check_prior(self, prior: str) -> None:
+        if prior not in self.priors():
+            known = ", ".join(self.priors()) or "none yet; train with --stage prior"
+            raise ModelError(f"{self.folder}: has no prior '{prior}'{nearest(prior, self.priors())} (it has: {known})")
 
     def _prior_tensors(self, prior: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load(self.folder / f"prior-{prior}.safetensors")
@@ -228,7 +236,12 @@ def packaged_models() -> list[str]:
 
 
 def open_model(model: Path | str) -> Model:
-    """A run folder, or the name of a packaged model. Raises ModelError when it is neither or not trained yet."""
+    """A run folder, or the name of a packaged model, loaded. Raises ModelError."""
+    return Model(model_folder(model))
+
+
+def model_folder(model: Path | str) -> Path:
+    """Of a run, or of a packaged model by its name. Raises ModelError when it is neither or not trained yet."""
     folder = Path(model)
     if not folder.exists() and str(model) in packaged_models():
         folder = PACKAGED / str(model)
@@ -240,4 +253,4 @@ def open_model(model: Path | str) -> Model:
         raise ModelError(f"{model}: not a model; a run folder holds config.yaml and autoencoder.safetensors")
     if not (folder / "autoencoder.safetensors").is_file():
         raise ModelError(f"{model}: its autoencoder is not trained yet; run `ctvae train DATASET --out {model}` to the end")
-    return Model(folder)
+    return folder

@@ -11,8 +11,10 @@ without padding on 21^3 cubes. At stride 2 with padding 1 every convolution halv
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from ctvae.config import Conv3D, Size3
@@ -89,14 +91,22 @@ class Conv3DVAE(Autoencoder):
         """
         if self.training and len(x) * math.prod(self.feature_shape[1:]) == 1:
             raise ConfigError("conv3d: one volume this small leaves BatchNorm a single value; set autoencoder.batch=2")
-        features = self.encoder(x).flatten(1)  # [B 1 D H W] -> [B C d h w] -> [B C*d*h*w]
-        mean, logvar = self.to_mean(features).float(), self.to_logvar(features).float()  # 2 x [B Z]
+        with self._precision(x):
+            features = self.encoder(x).flatten(1)  # [B 1 D H W] -> [B C d h w] -> [B C*d*h*w]
+            mean, logvar = self.to_mean(features).float(), self.to_logvar(features).float()  # 2 x [B Z]
         return mean[:, None], logvar.clamp(-30.0, 20.0)[:, None]
 
     def decode(self, z: Tensor) -> Tensor:
         """Volumes, in -1..1 up to the fit's error: [B 1 Z] -> [B 1 D H W]."""
-        features = self.from_latent(z[:, 0]).unflatten(1, self.feature_shape)  # [B Z] -> [B C d h w]
-        return self.decoder(features)
+        with self._precision(z):
+            features = self.from_latent(z[:, 0]).unflatten(1, self.feature_shape)  # [B Z] -> [B C d h w]
+            return self.decoder(features)
+
+    def _precision(self, x: Tensor) -> AbstractContextManager[object]:
+        """float32 where oneDNN's bf16 gradients are wrong or crash: features of height 1 and depth 2 and up (docs/log.md)."""
+        _, depth, height, _ = self.feature_shape
+        wrong = x.device.type == "cpu" and height == 1 and depth >= 2
+        return torch.autocast("cpu", enabled=False) if wrong else nullcontext()
 
 
 def _padding(cfg: Conv3D) -> int:

@@ -52,7 +52,7 @@ def principal(volumes: Tensor, cfg: Wavelet3D) -> Transform:
 
 @torch.no_grad()
 def start(network: Wavelet3DVAE, transform: Transform) -> None:
-    """Set the trunk's weights so that encoding and decoding are `transform` and its inverse; what carries nothing keeps its start."""
+    """Set the trunk so that encoding and decoding are `transform` and its inverse; other channels keep their start."""
     cfg, encoder, decoder = network.cfg, network.encoder, network.decoder
     z, last = cfg.latent_channels, len(cfg.strides) - 1
     to_coefficients = haar_matrix(cfg)  # [coefficients P]
@@ -74,7 +74,7 @@ def start(network: Wavelet3DVAE, transform: Transform) -> None:
 
 
 def haar_matrix(cfg: Wavelet3D) -> Tensor:
-    """The Haar steps of all levels as a matrix from a block's voxels to its coefficients, in the order of the trunk's channels."""
+    """The Haar steps of all levels as a matrix [P P], a block's voxels to coefficients in the trunk's order of channels."""
     size = math.prod(cfg.grid)
     x = torch.eye(size).reshape(size, 1, *cfg.grid)
     for stride in cfg.strides:
@@ -83,7 +83,7 @@ def haar_matrix(cfg: Wavelet3D) -> Tensor:
 
 
 def _select(conv: nn.Module, rows: Tensor, columns: Tensor, matrix: Tensor, bias: Tensor | None = None) -> None:
-    """Output channels `rows` of `conv` become `matrix` times input channels `columns`, and nothing of other channels or places."""
+    """Output channels `rows` of `conv` become `matrix` times input channels `columns`, and see nothing else."""
     assert isinstance(conv, nn.Conv3d)
     assert conv.bias is not None
     centre = tuple(size // 2 for size in conv.kernel_size)
