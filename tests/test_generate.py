@@ -134,6 +134,10 @@ def test_others_scans_are_not_taken_for_ones_own(tiny_run, tmp_path):
     line = refused(InputError, generate, tiny_run, tmp_path, count=1, prior="flow")
     assert line.startswith(f"{path}: was made by another model, prior or --steps")
     assert "--steps" in refused(InputError, generate, tiny_run, tmp_path, count=1, prior="normal", steps=9)
+    sidecar(path).write_text("{")
+    assert "--overwrite" in refused(InputError, generate, tiny_run, tmp_path, count=1, prior="normal")
+    generate(tiny_run, tmp_path, count=1, prior="flow", overwrite=True)
+    assert json.loads(sidecar(path).read_text())["prior"] == "flow"
 
 
 def test_a_prior_that_was_trained_again_is_another_model(tiny_run, tmp_path):
@@ -144,10 +148,6 @@ def test_a_prior_that_was_trained_again_is_another_model(tiny_run, tmp_path):
     tensors, meta = checkpoint.load(run / "prior-flow.safetensors")
     checkpoint.save(run / "prior-flow.safetensors", {**tensors, "flow.mean": tensors["flow.mean"] + 0.1}, meta)
     assert "another model, prior" in refused(InputError, generate, run, tmp_path / "out", count=1)
-    sidecar(path).write_text("{")
-    assert "--overwrite" in refused(InputError, generate, tiny_run, tmp_path, count=1, prior="normal")
-    generate(tiny_run, tmp_path, count=1, prior="flow", overwrite=True)
-    assert json.loads(sidecar(path).read_text())["prior"] == "flow"
 
 
 def test_unknown_names_are_answered_with_the_nearest(tiny_run, tmp_path, monkeypatch):
