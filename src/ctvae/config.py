@@ -179,7 +179,6 @@ class Polish(Training):
     enabled: bool = False
     steps: Steps = 2000
     lr: Positive = 2e-4
-    warmup: int = Field(50, ge=1, description="steps of linear warm-up")
     save_every: int = 200
     adversarial_weight: float = Field(0.1, ge=0)
     feature_weight: float = Field(0.5, ge=0, description="on the discriminator's features: the perceptual loss")

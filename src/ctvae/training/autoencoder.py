@@ -15,16 +15,14 @@ from ctvae.checkpoint import EMA, load, save
 from ctvae.config import AutoencoderTraining, Config, Size3
 from ctvae.device import generator, make_fabric, place
 from ctvae.errors import TrainingDiverged
-from ctvae.models import build, transform_code
+from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
-from ctvae.models.wavelet3d import Wavelet3DVAE
 from ctvae.progress import Progress
 from ctvae.runlog import Clock, Curve, Run
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.optimizer import build_optimizer
 
 VALIDATION_GROUPS = 4
-TRANSFORM_GROUPS = 48  # whose blocks the autoencoder's start is fitted to
 
 
 class Reconstruction:
@@ -77,7 +75,6 @@ def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validatio
     fabric = make_fabric(settings.precision)
     torch.manual_seed(cfg.seed)
     network = build(cfg.model, training.shape)
-    start_as_transform_code(network, training)
     place(network, fabric.device)
     ema = EMA(network, settings.ema_decay)
     optimizer = build_optimizer(network, settings)
@@ -133,14 +130,6 @@ def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validatio
     save_autoencoder(run, cfg, network, training.shape, {"steps": step, "seconds": clock.seconds, **figures})
     run.finish_stage("autoencoder", steps=step, seconds=round(clock.seconds), **figures)
     checkpoints.clear()
-
-
-def start_as_transform_code(network: Autoencoder, groups: TrainingGroups) -> None:
-    """`wavelet3d` begins as the principal components of its training groups' blocks, where its widths can carry them."""
-    if isinstance(network, Wavelet3DVAE) and transform_code.fits(network.cfg):
-        every = max(1, len(groups) // TRANSFORM_GROUPS)
-        sample = torch.stack([groups.plain(index) for index in range(0, len(groups), every)])
-        transform_code.start(network, transform_code.principal(sample, network.cfg))
 
 
 def save_autoencoder(run: Run, cfg: Config, network: nn.Module, shape: Size3, figures: dict) -> None:

@@ -21,7 +21,7 @@ from ctvae.training.prior import encode_groups, train_prior
 
 STAGES = ("autoencoder", "prior", "both")
 SHARES = {"autoencoder": 0.8, "polish": 0.0, "prior": 0.2}  # of --minutes; vector priors are quick
-POLISHED_SHARES = {"autoencoder": 0.27, "polish": 0.13, "prior": 0.6}
+POLISHED_SHARES = {"autoencoder": 0.3, "polish": 0.12, "prior": 0.58}
 
 
 def train(
