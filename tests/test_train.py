@@ -318,8 +318,9 @@ def test_noise_has_the_deviation_that_the_settings_say(dataset):
 
 def test_patches_hold_a_voxel_of_the_body(dataset):
     groups = groups_of(dataset, patch=(8, 8, 8), max_shift_voxels=(0, 0, 0))
-    x = torch.cat([groups.batch(1, seed=0, step=step) for step in range(30)])
-    assert (x.amax((1, 2, 3, 4)) > 2 * (-300 + 1000) / 2000 - 1).all()
+    x = torch.cat([groups.batch(1, seed=0, step=step) for step in range(100)])
+    with_body = (x.amax((1, 2, 3, 4)) > 2 * (-300 + 1000) / 2000 - 1).float().mean()
+    assert 0.9 <= with_body < 1.0
 
 
 def test_patches_are_blocks_of_the_group(dataset):

@@ -17,6 +17,7 @@ from ctvae.errors import InputError
 from ctvae.volume import Volume, block_affine
 
 BODY_HU = -300.0
+ANYWHERE = 0.1  # share of patches that lie anywhere in the volume
 BODY_STEP = 4  # voxels between the places where a patch may be centred
 CONDITIONS = ("position", "pixel_mm", "slice_mm")
 
@@ -82,12 +83,12 @@ class TrainingGroups:
         return torch.from_numpy(intensity.from_hu(fitted, self.data.window_hu))[None]
 
     def _patch(self, volume: Tensor, random: torch.Generator) -> Tensor:
-        """A crop of `data.patch` about a random voxel of the body, inside the volume: air is quickly learned."""
+        """A crop of `data.patch`, nine times in ten about a voxel of the body: air is quickly learned, but not for good."""
         if self.data.patch is None:
             return volume
         body = (volume[0, ::BODY_STEP, ::BODY_STEP, ::BODY_STEP] > self.body).nonzero() * BODY_STEP  # [n 3]
-        if not len(body):
-            body = torch.tensor([[size // 2 for size in volume.shape[1:]]])
+        if not len(body) or torch.rand((), generator=random) < ANYWHERE:
+            body = torch.tensor([[int(torch.randint(size, (), generator=random)) for size in volume.shape[1:]]])
         centre = body[int(torch.randint(len(body), (), generator=random))].tolist()
         for axis, (size, place) in enumerate(zip(self.data.patch, centre, strict=True), start=1):
             start = place - int(torch.randint(size, (), generator=random))  # the voxel lies anywhere in the patch
