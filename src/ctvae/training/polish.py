@@ -132,7 +132,8 @@ def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: 
             # One step of the decoder, then one of the discriminator. Randomness depends on (seed, step) alone.
             x = fabric.to_device(training.batch(settings.batch, cfg.seed + 1, step))  # [B 1 D H W]
             optimizer.param_groups[0]["lr"] = clock.lr(step, progress)
-            judge.param_groups[0]["lr"] = settings.discriminator_lr * clock.lr(step, progress) / settings.lr  # or it wins in the end
+            # The adversary slows down with the decoder, or it wins in the end.
+            judge.param_groups[0]["lr"] = settings.discriminator_lr * clock.lr(step, progress) / settings.lr
             pair.discriminator.requires_grad_(False)
             y, terms = draw(x, generator(cfg.seed + 1, step))
             fabric_optimizer.zero_grad(set_to_none=True)
