@@ -23,7 +23,7 @@ class Scan:
     volume: Volume
     orientation: Orientation
     path: Path
-    patient: str | None  # hashed DICOM PatientID; none for NIfTI
+    patient: str | None = None  # salted hash of the DICOM PatientID; none for NIfTI, and where no salt was given
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Found:
         """The file's or folder's name without `.nii` or `.nii.gz`."""
         return without_suffix(self.path.resolve().name if self.series else self.path.name)
 
+
 def without_suffix(name: str) -> str:
     """A file name without `.nii` or `.nii.gz`."""
     lower = name.lower()
@@ -65,8 +66,27 @@ def read_scan(path: Path | str, series: str | None = None) -> Scan:
         raise InputError(f"{path}: no such file or folder")
     if not nifti.is_nifti(path):
         raise ScanRejected(f"{path}: not a scan; give a .nii or .nii.gz file, or a folder of DICOM files")
+    return _read_nifti(path)
+
+
+def read_found(found: Found, salt: str = "") -> Scan:
+    """A scan of `find_scans`, without looking through its folder again; its patient hashed with `salt`.
+
+    Raises ScanRejected as `read_scan`.
+    """
+    if found.series is None:
+        return _read_nifti(found.path)
+    return _read_series(dicom.Series(found.path, found.series, found.files), salt)
+
+
+def _read_nifti(path: Path) -> Scan:
     volume, orientation = nifti.read(path)
-    return Scan(Volume(as_hu(volume.hu, path), volume.affine), orientation, path, None)
+    return Scan(Volume(as_hu(volume.hu, path), volume.affine), orientation, path)
+
+
+def _read_series(series: dicom.Series, salt: str = "") -> Scan:
+    volume, orientation, meta = dicom.read_series(series, salt)
+    return Scan(Volume(as_hu(volume.hu, series.folder), volume.affine), orientation, series.folder, meta.patient)
 
 
 def _read_dicom(folder: Path, uid: str | None) -> Scan:
@@ -75,8 +95,7 @@ def _read_dicom(folder: Path, uid: str | None) -> Scan:
         raise ScanRejected(f"{folder}: holds no DICOM series" + (f" {uid}" if uid else ""))
     if len(found) > 1:
         raise ScanRejected(f"{folder}: holds {len(found)} DICOM series; put the one you mean into its own folder")
-    volume, orientation, meta = dicom.read_series(found[0])
-    return Scan(Volume(as_hu(volume.hu, folder), volume.affine), orientation, folder, meta.patient)
+    return _read_series(found[0])
 
 
 def find_scans(sources: Sequence[Path | str], skip: Iterable[Path] = ()) -> list[Found]:
