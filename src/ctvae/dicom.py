@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ ROUNDING_MM = 0.02  # positions are often written with two decimals
 PATIENT_ROUNDS = 50_000
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 GEOMETRY = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1}  # how many
+MODALITY = re.compile(r"[A-Z]{2,10}|none")
 UNREADABLE = "unreadable"  # stands for the series of files that say none
 PARSER_ERRORS = (  # what pydicom raises on damaged bytes, when it opens a file and when a value is first looked at
     InvalidDicomError, ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
@@ -136,9 +138,8 @@ def _parsing(path: Path) -> Iterator[None]:
             yield
         except MemoryError as error:
             raise ScanTooLarge(f"{path}: needs more memory than there is") from error
-        except PARSER_ERRORS as error:
-            said = " ".join(str(error).split()).replace(f"{path}: ", "") or type(error).__name__
-            raise ScanRejected(f"{path}: damaged DICOM ({said[:200]})") from error
+        except PARSER_ERRORS as error:  # its message may quote what it stumbled over, a patient's name for instance
+            raise ScanRejected(f"{path}: damaged DICOM ({type(error).__name__})") from error
 
 
 def _parsed(path: Path, **options: Any) -> FileDataset:
@@ -171,7 +172,8 @@ def _header(path: Path) -> FileDataset:
 def _check_modality(name: Path, headers: list[FileDataset], images: list[FileDataset]) -> None:
     modalities = sorted({str(header.get("Modality") or "none") for header in headers})
     if modalities != ["CT"]:
-        raise ScanRejected(f"{name}: not CT (modality {' and '.join(modalities)[:80]})")
+        named = [modality if MODALITY.fullmatch(modality) else "unknown" for modality in modalities]
+        raise ScanRejected(f"{name}: not CT (modality {' and '.join(named[:3])})")
     if not images:
         raise ScanRejected(f"{name}: a localizer, not a scan")
     if any(int(image.get("NumberOfFrames", None) or 1) > 1 for image in images):
