@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, flushed to disk, then renamed. And JSON from anywhere."""
+"""Files that are whole or absent: written beside their place, flushed to disk, then renamed. And JSON and YAML from anywhere."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from ctvae.errors import InputError
 
 MOST_JSON_BYTES = 2**30
+MOST_YAML_BYTES = 2**18
 PARTIAL = ".partial"
 
 
@@ -55,6 +56,34 @@ def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def read_yaml(path: Path, most_bytes: int = MOST_YAML_BYTES) -> Any:
+    """What a small YAML file says, plain values only: no tags that name code, no aliases that a few bytes multiply.
+
+    Raises ValueError for damaged, large and deep ones, OSError as `open`.
+    """
+    if path.stat().st_size > most_bytes:
+        raise ValueError(f"larger than {most_bytes} bytes")
+    return parsed_yaml(path.read_text(encoding="utf-8"))
+
+
+def parsed_yaml(text: str) -> Any:
+    """As `read_yaml`, of a text."""
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("aliases (*name) are not read")
+            return super().compose_node(parent, index)
+
+    try:
+        return yaml.load(text, Plain)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML ({' '.join(str(error).split())[:200]})") from error
 
 
 def inside(path: str) -> str:
