@@ -42,8 +42,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def scans(tmp_path) -> Path:
-    for seed, depth in ((0, 8), (1, 16), (2, 8)):  # the second does not fit the small disk
-        hu = hostile_files.body(seed, (depth, *SHAPE[1:]))
+    for seed, side in ((0, 24), (1, 32), (2, 24)):  # groups of 9.6, 16.7 and 9.6 kB: the second does not fit the small disk
+        hu = hostile_files.body(seed, (8, side, side))
         nifti.write(tmp_path / "scans" / f"s{seed}.nii", Volume(hu, plain_affine((1.5, 1.5, 3), hu.shape)))
     return tmp_path / "scans"
 
@@ -54,7 +54,7 @@ def test_prepare_on_a_full_disk_goes_on_when_there_is_space(scans, tmp_path, wor
     prepare = ["prepare", str(scans), "--slices", "8", "--rest", "drop", "--workers", workers]
     first = [*prepare, "--out", str(through)]
     command = [*prepare, "--patients-of", str(through), "--out", str(out)]
-    whole, full, again = ran((-1, first), (9000, command), (-1, command))
+    whole, full, again = ran((-1, first), (12_000, command), (-1, command))
     assert whole[-1] == again[-1] == "exit code 0"
     assert full[-1] == "exit code 2", full
     (line,) = (line for line in full if line.startswith("error: "))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 import warnings
 from pathlib import Path
@@ -195,11 +196,28 @@ def test_a_scan_that_memory_cannot_hold_is_refused_and_tried_again(tmp_path, pla
 
 
 def test_a_plane_too_narrow_to_be_squared_is_refused(tmp_path):
-    thin = np.tile(HU[:, :2, :], (1, 1, 2))
+    thin = np.tile(HU[:, 9:11, :], (1, 1, 2))
     nifti.write(tmp_path / "thin.nii", Volume(thin, plain_affine((1.5, 1.5, 3.0), thin.shape)))
     found = Found(tmp_path / "thin.nii", tmp_path, (tmp_path / "thin.nii",))
     record = prepare_scan(Job(found, "thin", tmp_path / "out", Settings(slices=4, stride=4, size=16), None, ""))
     assert record["reason"] == "its plane of 2x48 is too narrow to be made square"
+
+
+def test_a_file_name_that_is_no_text_is_prepared_as_any_other(tmp_path, plain):
+    from ctvae.prepare import prepare
+
+    (tmp_path / "in").mkdir()
+    name = os.fsdecode(b"caf\xe9 1.nii")
+    try:
+        (tmp_path / "in" / name).write_bytes(plain)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    dataset = prepare(tmp_path / "in", tmp_path / "out", slices=4, workers=1)
+    assert dataset.scans[0]["source"] == "caf\\xe9 1.nii"
+    assert dataset.groups()[0].id == "caf_xe9_1_0000"
+    before = (tmp_path / "out" / "dataset.json").stat().st_mtime_ns
+    prepare(tmp_path / "in", tmp_path / "out", slices=4, workers=1)
+    assert (tmp_path / "out" / "dataset.json").stat().st_mtime_ns == before
 
 
 # --- DICOM ---------------------------------------------------------------------------------------------------------------
@@ -246,7 +264,7 @@ HOSTILE_DICOM = {
     "ImagePositionPatient is not 3 finite numbers": lambda: with_one(ImagePositionPatient=[0, 0]),
     "NaN or infinite": lambda: with_one(RescaleSlope="nan"),
     "more than the limit": lambda: with_all(Rows=65535, Columns=65535),
-    "cannot be decoded": lambda: with_all(Rows=6000, Columns=6000),
+    "cannot be decoded": lambda: with_all(Rows=600, Columns=600),
     "colour": lambda: with_all(SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0, Rows=4),
     "gantry tilt of 20.0 degrees": tilted,
     "missing or uneven": lambda: [image for n, image in enumerate(hostile_files.series(HU)) if n != 4],

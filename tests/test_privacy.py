@@ -21,7 +21,7 @@ from ctvae.errors import InputError
 from ctvae.prepare import prepare
 from ctvae.volume import Volume, plain_affine
 
-PLANTED = ("DOE", "JANE", "MRN-0042", "MRN0042", "19470203", "Mercy", "ACC-77", "/home/drsmith", "1.2.826.0.99")
+PLANTED = ("Zzyzx", "Quorra", "MRN-0042", "MRN0042", "19470203", "Mercywell", "ACC-77", "/home/drsmith", "1.2.826.0.99")
 SHAPE = (16, 24, 24)
 
 
@@ -39,11 +39,11 @@ def leaks(folder: Path) -> list[str]:
 
 def write_nifti_with_a_name(path: Path, hu: np.ndarray) -> None:
     image = nib.Nifti1Image(hu.transpose(2, 1, 0), plain_affine((1.5, 1.5, 3.0), hu.shape))
-    image.header["descrip"] = b"DOE^JANE 19470203"
+    image.header["descrip"] = b"Zzyzx^Quorra 19470203"
     image.header["aux_file"] = b"/home/drsmith/MRN0042"
-    image.header["intent_name"] = b"Mercy ACC-77"
-    image.header["db_name"] = b"JANE DOE"
-    image.header.extensions.append(Nifti1Extension("comment", b"DOE^JANE MRN-0042"))
+    image.header["intent_name"] = b"Mercywell ACC-77"
+    image.header["db_name"] = b"Quorra Zzyzx"
+    image.header.extensions.append(Nifti1Extension("comment", b"Zzyzx^Quorra MRN-0042"))
     image.set_sform(image.affine, code="scanner")
     nib.save(image, path)
 
@@ -51,8 +51,8 @@ def write_nifti_with_a_name(path: Path, hu: np.ndarray) -> None:
 def write_dicom_with_a_name(folder: Path, hu: np.ndarray, patient: str = "MRN-0042") -> None:
     folder.mkdir(parents=True)
     for n, image in enumerate(hostile_files.series(hu, uid="1.2.826.0.99")):
-        image.PatientName, image.PatientID, image.PatientBirthDate = "DOE^JANE", patient, "19470203"
-        image.InstitutionName, image.AccessionNumber = "Mercy", "ACC-77"
+        image.PatientName, image.PatientID, image.PatientBirthDate = "Zzyzx^Quorra", patient, "19470203"
+        image.InstitutionName, image.AccessionNumber = "Mercywell", "ACC-77"
         image.save_as(folder / f"{n:03d}", enforce_file_format=True)
 
 
@@ -82,7 +82,7 @@ def test_the_search_finds_what_is_planted(sources):
 def test_a_dataset_holds_no_word_of_a_header_and_no_path(sources, tmp_path):
     dataset = prepare(sources, tmp_path / "dataset", slices=8, size=16, crop_body=True, workers=1)
     assert len(dataset.scans) == 5
-    assert len(dataset.rejected) == 2
+    assert {"blank", "damaged"} == {reject["source"] for reject in dataset.rejected}
     assert leaks(dataset.folder) == []
     for path in dataset.folder.rglob("*"):
         assert not path.is_file() or str(tmp_path).encode() not in path.read_bytes()
@@ -102,7 +102,7 @@ def test_pseudonyms_are_salted_by_a_secret_of_the_dataset(sources, tmp_path):
     assert all(re.fullmatch("[0-9a-f]{32}", salt) for salt in salts)
     again = prepare(sources, one, slices=8, workers=1)  # the same folder keeps its salt
     assert {scan["source"]: scan["patient"] for scan in again.scans} == patients[0]
-    with pytest.raises(InputError, match="was prepared with salt"):
+    with pytest.raises(InputError, match="was prepared with another salt"):
         prepare(sources, one, slices=8, workers=1, patients_of=two)
 
 
@@ -130,8 +130,8 @@ def test_what_is_written_carries_only_the_given_description(tmp_path):
 
 
 def test_a_packed_file_says_neither_its_name_nor_when_it_was_made(tmp_path):
-    nifti.write(tmp_path / "JANE.nii.gz", Volume(hostile_files.body(), plain_affine((1.5, 1.5, 3.0), hostile_files.SHAPE)))
-    raw = (tmp_path / "JANE.nii.gz").read_bytes()
+    nifti.write(tmp_path / "Quorra.nii.gz", Volume(hostile_files.body(), plain_affine((1.5, 1.5, 3.0), hostile_files.SHAPE)))
+    raw = (tmp_path / "Quorra.nii.gz").read_bytes()
     assert raw[3] & 0b11100 == 0, "no extra field, name or comment"
     assert raw[4:8] == b"\0\0\0\0", "no date"
     assert zlib.decompressobj(31).decompress(raw)[:4] == b"\x5c\x01\0\0"
@@ -145,7 +145,7 @@ def test_a_run_and_an_exported_model_name_no_patient_and_no_path(tmp_path, tiny_
     scans, shape = tmp_path / "scans" / "home" / "drsmith", (64, 32, 32)
     for seed in range(3):
         hu, _ = phantom(seed, shape, (12.5, 12.5, 4.5))
-        nifti.write(scans / f"JANE-DOE_{seed}.nii.gz", Volume(hu, plain_affine((12.5, 12.5, 4.5), shape)))
+        nifti.write(scans / f"Quorra_{seed}.nii.gz", Volume(hu, plain_affine((12.5, 12.5, 4.5), shape)))
     dataset = prepare(scans, tmp_path / "dataset", slices=64, fractions=(1, 0, 0), workers=1)
     run = train(dataset.folder, tmp_path / "run", overrides=[*tiny_settings, "autoencoder.steps=2", "prior.steps=2"])
     exported = export(run, tmp_path / "model")

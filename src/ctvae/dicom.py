@@ -22,7 +22,7 @@ import pydicom
 from pydicom.dataset import FileDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 from ctvae.errors import InputError, ScanRejected, ScanTooLarge
 from ctvae.nifti import MAX_SHEAR_DEGREES, MAX_VOXELS, affine_problem, gathered
@@ -71,12 +71,14 @@ def series_in(folder: Path) -> list[Series]:
         try:
             with _parsing(path):
                 header = _parsed(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
-                uid = str(header.SeriesInstanceUID) if "SeriesInstanceUID" in header else ""
+                uid = str(header.get("SeriesInstanceUID") or "")
+                directory = header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage
         except ScanRejected:
-            damaged.append(path)
-            continue
-        if uid:  # else no image: a DICOMDIR, say
+            uid, directory = "", False
+        if uid:
             files.setdefault(uid, []).append(path)
+        elif not directory:
+            damaged.append(path)
     if damaged and not files:
         files[UNREADABLE] = []
     return [Series(folder, uid, (*paths, *damaged)) for uid, paths in sorted(files.items())]

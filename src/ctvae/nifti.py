@@ -106,7 +106,7 @@ def mapped(path: Path) -> np.ndarray:
             header = _header(path, file)
         shape = tuple(int(n) for n in header["dim"][1:4])
         dtype = header.get_data_dtype()
-        if int(header["dim"][0]) != 3 or dtype.newbyteorder("=") != np.int16 or min(shape) < 1:
+        if int(header["dim"][0]) != 3 or dtype != np.dtype("<i2") or min(shape) < 1:
             raise ScanRejected(f"{path}: not a group of int16 slices; prepare the dataset again")
         voxels = np.memmap(path, dtype, "c", int(header["vox_offset"]), shape, order="F")
     except (OSError, ValueError, OverflowError, LookupError, HeaderDataError) as error:
@@ -191,21 +191,25 @@ def _values(path: Path, header: Any, file: Stream, count: int) -> np.ndarray:
     slope, intercept = header.get_slope_inter()
     if np.isinf(header["scl_slope"]):  # 0 and NaN say that nothing is to be scaled
         raise ScanRejected(f"{path}: damaged NIfTI header (scl_slope is infinite)")
-    slabs = _slabs(path, header, file, count, dtype)
+    _seek_voxels(path, header, file, count * dtype.itemsize)
+    slabs = _slabs(path, file, count, dtype)
     if (slope, intercept) not in ((None, None), (1.0, 0.0)):
         slabs = (slab * np.float64(slope) + np.float64(intercept) for slab in slabs)
     with np.errstate(all="ignore"):  # what becomes infinite is refused
         return gathered(path, slabs, count, plain=dtype.newbyteorder("=") == np.int16)
 
 
-def _slabs(path: Path, header: Any, file: Stream, count: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The stored voxels, some million at a time."""
+def _seek_voxels(path: Path, header: Any, file: Stream, size: int) -> None:
+    """To the first of `size` bytes of voxels, which the file has to be long enough for."""
     start = max(float(header["vox_offset"]), header.sizeof_hdr + 4)
-    end = start + count * dtype.itemsize
     expansion = DEFLATE_LIMIT if isinstance(file, gzip.GzipFile) else 1
-    if not end <= path.stat().st_size * expansion:  # also where the offset is NaN
+    if not start + size <= path.stat().st_size * expansion:  # also where the offset is NaN
         raise ScanRejected(f"{path}: {TRUNCATED}")
     file.seek(int(start))
+
+
+def _slabs(path: Path, file: Stream, count: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The stored voxels, some million at a time."""
     for first in range(0, count, SLAB_VOXELS):
         yield np.frombuffer(_filled(path, file, min(SLAB_VOXELS, count - first) * dtype.itemsize), dtype=dtype)
     file.read(1)  # the end of a gzip holds its checksum

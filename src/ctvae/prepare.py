@@ -145,9 +145,11 @@ def _claimed(out: Path, settings: Settings, patients_of: Path | str | None) -> s
     shared = None if patients_of is None else _begun(Path(patients_of) / PREPARED_MARK)["salt"]
     if mark.is_file():
         was = _begun(mark)
-        for key, value in {"format": FORMAT, **wanted, "salt": shared or was["salt"]}.items():
+        for key, value in {"format": FORMAT, **wanted}.items():
             if was.get(key) != value:
                 raise InputError(f"{out}: was prepared with {key} {was.get(key)}, not {value}; choose another folder")
+        if shared not in (None, was["salt"]):
+            raise InputError(f"{out}: was prepared with another salt than {patients_of}; choose another folder")
         return was["salt"]
     if out.exists() and (not out.is_dir() or not all(map(files.is_partial, out.iterdir()))):
         raise InputError(f"{out}: is there already and not a dataset; choose another folder")
@@ -173,7 +175,7 @@ def _jobs(found: list[Found], out: Path, settings: Settings, label_dirs: list[Pa
     for scan in found:
         name = _id(scan)
         if name.lower() in taken:  # the same name in two sources, or as .nii and .nii.gz
-            name += "-" + hashlib.sha256(f"{scan.path.resolve()}{scan.series}".encode()).hexdigest()[:8]
+            name += "-" + hashlib.sha256(os.fsencode(scan.path.resolve()) + str(scan.series).encode()).hexdigest()[:8]
         taken.add(name.lower())
         label_path = _label_path(scan, label_dirs)
         jobs.append(Job(scan, name, out, settings, label_path, fingerprint(scan, settings, label_path), salt))

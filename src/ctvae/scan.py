@@ -39,12 +39,17 @@ class Found:
     def name(self) -> str:
         """Relative to the source, e.g. `case_1.nii.gz`; a source that is the scan itself goes by its own name."""
         relative = self.path.relative_to(self.root)
-        return relative.as_posix() if relative.parts else self.path.resolve().name
+        return _as_text(relative.as_posix() if relative.parts else self.path.resolve().name)
 
     @property
     def stem(self) -> str:
         """The file's or folder's name without `.nii` or `.nii.gz`."""
-        return without_suffix(self.path.resolve().name if self.series else self.path.name)
+        return _as_text(without_suffix(self.path.resolve().name if self.series else self.path.name))
+
+
+def _as_text(name: str) -> str:
+    """A file's name as text that can be written: bytes of it that are no UTF-8 become `\\xe9`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def without_suffix(name: str) -> str:
