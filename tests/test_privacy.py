@@ -123,8 +123,8 @@ def test_what_is_written_carries_only_the_given_description(tmp_path):
     for name in ("again.nii", "again.nii.gz"):
         nifti.write(tmp_path / "out" / name, volume, orientation, "SYNTHETIC")
         header = nib.load(tmp_path / "out" / name).header
-        assert bytes(header["descrip"]) == b"SYNTHETIC"
-        assert not any(bytes(header[key]) for key in ("aux_file", "intent_name", "db_name", "data_type"))
+        assert header["descrip"].item().rstrip(b"\0") == b"SYNTHETIC"
+        assert not any(header[key].item().strip(b"\0") for key in ("aux_file", "intent_name", "db_name", "data_type"))
         assert len(header.extensions) == 0
     assert leaks(tmp_path / "out") == []
 

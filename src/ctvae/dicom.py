@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +19,10 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom.dataset import FileDataset
-from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 from pydicom.uid import DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
-from ctvae.errors import InputError, ScanRejected, ScanTooLarge
+from ctvae.errors import CtvaeError, InputError, ScanRejected, ScanTooLarge
 from ctvae.nifti import MAX_SHEAR_DEGREES, MAX_VOXELS, affine_problem, gathered
 from ctvae.volume import Orientation, Volume, canonical
 
@@ -35,10 +33,6 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 GEOMETRY = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1}  # how many
 MODALITY = re.compile(r"[A-Z]{2,10}|none")
 UNREADABLE = "unreadable"  # stands for the series of files that say none
-PARSER_ERRORS = (  # what pydicom raises on damaged bytes, when it opens a file and when a value is first looked at
-    InvalidDicomError, ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
-    ValueError, struct.error,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,9 @@ def _parsing(path: Path) -> Iterator[None]:
             yield
         except MemoryError as error:
             raise ScanTooLarge(f"{path}: needs more memory than there is") from error
-        except PARSER_ERRORS as error:  # its message may quote what it stumbled over, a patient's name for instance
+        except CtvaeError:
+            raise
+        except Exception as error:  # of any kind, some of its own; and the message may quote what is a patient's name
             raise ScanRejected(f"{path}: damaged DICOM ({type(error).__name__})") from error
 
 
@@ -168,7 +164,10 @@ def _dicom_files(folder: Path) -> list[Path]:
 def _header(path: Path) -> FileDataset:
     """Headers with their pixels left on disk until they are asked for."""
     with _parsing(path):
-        return _parsed(path, defer_size="16 KB")
+        header = _parsed(path, defer_size="16 KB")
+        if not header.get("SeriesInstanceUID"):
+            raise ScanRejected(f"{path}: damaged DICOM (it names no series)")
+        return header
 
 
 def _check_modality(name: Path, headers: list[FileDataset], images: list[FileDataset]) -> None:
@@ -272,7 +271,9 @@ def _values(name: Path, image: FileDataset, shape: tuple[int, int]) -> np.ndarra
         raise ScanRejected(f"{name}: RescaleSlope or RescaleIntercept is missing, so its values are not HU")
     try:
         stored = image.pixel_array
-    except PARSER_ERRORS as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of a decoder, whichever is installed
         syntax = image.file_meta.get("TransferSyntaxUID", "unknown")
         kind = getattr(syntax, "name", syntax)
         raise ScanRejected(f"{name}: pixels cannot be decoded ({kind}); damaged, or decompress them first") from error
