@@ -104,8 +104,8 @@ def test_no_path_of_this_machine_is_written(made):
         (lambda ds: edited(ds, lambda content: content["groups"][0].pop("shape")), "damaged"),
         (lambda ds: edited(ds, lambda content: content["groups"][0].update(split="dev")), "unknown split 'dev'"),
         (lambda ds: edited(ds, lambda content: content["groups"][0].update(shape=[8, 8])), "not 3D"),
-        (lambda ds: edited(ds, lambda content: content["groups"][0].update(path="../x.nii")), "leaves the dataset"),
-        (lambda ds: edited(ds, lambda content: content["groups"][0].update(path="/etc/x.nii")), "leaves the dataset"),
+        (lambda ds: edited(ds, lambda content: content["groups"][0].update(path="../x.nii")), "leaves its folder"),
+        (lambda ds: edited(ds, lambda content: content["groups"][0].update(path="/etc/x.nii")), "leaves its folder"),
         (lambda ds: edited(ds, lambda content: content["groups"][0].update(label_path="a/../../x")), "leaves"),
     ],
 )

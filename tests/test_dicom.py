@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless
 
 from ctvae import dicom, nifti
 from ctvae.errors import ScanRejected
-from ctvae.scan import find_scans, read_scan
+from ctvae.scan import find_scans, read_found, read_scan
 from ctvae.volume import position_mm
 
 ROW_MM, COLUMN_MM = 0.9, 0.7  # between rows, between columns
@@ -114,16 +115,29 @@ def test_dicom_and_nifti_of_one_scan_are_the_same_volume(tmp_path):
     np.testing.assert_allclose(again.affine, volume.affine, atol=1e-4)
 
 
+def patient_in(folder: Path, salt: str = "salt") -> str:
+    (found,) = find_scans([folder])
+    return read_found(found, salt).patient
+
+
 def test_patient_id_is_hashed_and_stays_the_same(tmp_path):
-    first = read_scan(write(tmp_path / "a", series())).patient
-    second = read_scan(write(tmp_path / "b", series(uid="9.9"))).patient
+    first = patient_in(write(tmp_path / "a", series()))
+    second = patient_in(write(tmp_path / "b", series(uid="9.9")))
     other = series()
     for file in other:
         file.PatientID = "MRN-0043"
-    assert first == second != read_scan(write(tmp_path / "c", other)).patient
+    assert first == second != patient_in(write(tmp_path / "c", other))
     assert first is not None
     assert "MRN" not in first
-    assert dicom.hashed_patient("  ") is None
+    assert dicom.hashed_patient("  ", "salt") is None
+
+
+def test_a_patient_has_another_name_under_another_salt_and_none_without(tmp_path):
+    folder = write(tmp_path / "a", series())
+    assert patient_in(folder, "one") != patient_in(folder, "two")
+    assert read_scan(folder).patient is None
+    slow = hashlib.pbkdf2_hmac("sha256", b"MRN-0042", b"one", 50_000).hex()
+    assert slow.startswith(patient_in(folder, "one"))
 
 
 def test_scouts_within_a_series_are_left_out(tmp_path):

@@ -15,7 +15,7 @@ from ctvae.cli import app
 from ctvae.errors import CtvaeError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
-_DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+_DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ctvae.errors import ModelError
 from ctvae.files import atomic
 
 KEPT = 2
+MOST_VOXELS = 2**31
 
 
 class EMA:
@@ -64,13 +66,58 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and description that `save` wrote. Raises ModelError where the file is missing or damaged."""
+    """The tensors and description that `save` wrote. Raises ModelError where the file is missing or damaged.
+
+    safetensors refuses a header that claims more than the file holds, so no more memory is taken than the file is long.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {})["ctvae"])
+            _check_meta(meta)
             return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 (safe_open is no dict)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ModelError(f"{path}: not a ctvae weights file or damaged ({error}); train again or copy it again") from error
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError, MemoryError) as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(f"{path}: not a ctvae weights file or damaged ({said}); train again or copy it again") from error
+
+
+def _check_meta(meta: Any) -> None:
+    """Raises ValueError where shapes that decide what is allocated are not such."""
+    if not isinstance(meta, dict):
+        raise ValueError("its description is no mapping")
+    for key in ("shape", "latent_shape"):
+        sizes = meta.get(key, [1])
+        if not isinstance(sizes, list) or not sizes or not all(type(n) is int and n >= 1 for n in sizes):
+            raise ValueError(f"{key} {str(sizes)[:50]} is not a shape")
+        if math.prod(sizes) > MOST_VOXELS:
+            raise ValueError(f"{key} {str(sizes)[:50]} is beyond {MOST_VOXELS} voxels")
+
+
+def built(make: Callable[[], nn.Module], tensors: dict[str, Tensor], source: Path) -> nn.Module:
+    """The network that `make` builds, with `tensors` as its weights in float32.
+
+    It is built without memory first and compared with the tensors, so that a config which claims enormous widths is refused
+    before anything is allocated. Raises ModelError, naming `source`.
+    """
+    try:
+        with torch.device("meta"):
+            claimed = {name: tuple(value.shape) for name, value in make().state_dict().items()}
+    except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise ModelError(f"{source}: config.yaml describes no network ({' '.join(str(error).split())[:200]})") from error
+    held = {name: tuple(value.shape) for name, value in tensors.items()}
+    wrong = sorted(name for name in {*claimed, *held} if claimed.get(name) != held.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ModelError(
+            f"{source}: weights do not fit config.yaml ({name}: {_sizes(held.get(name))} there, {_sizes(claimed.get(name))} "
+            f"by the config; {len(wrong)} differ)"
+        )
+    network = make()
+    network.load_state_dict({name: v.float() if v.is_floating_point() else v for name, v in tensors.items()})
+    return network
+
+
+def _sizes(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else "x".join(map(str, shape)) or "one number"
 
 
 def file_hash(path: Path) -> str:

@@ -73,6 +73,10 @@ def prepare(
         str | None, typer.Option(help="Regular expression; its first group in the file name is the patient.")
     ] = None,
     patient_csv: Annotated[Path | None, typer.Option(help="CSV with the columns scan and patient.")] = None,
+    patients_of: Annotated[
+        Path | None,
+        typer.Option(metavar="DATASET", help="Give DICOM patients the pseudonyms, and so the splits, of this dataset."),
+    ] = None,
     fractions: Annotated[str, typer.Option(help="Shares of patients for training, validation, test.")] = "0.8,0.1,0.1",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one per core]")] = None,
     seed: Seed = 0,
@@ -91,7 +95,7 @@ def prepare(
         dataset = prepare(
             sources, out, slices=slices, size=side, rest=rest, stride=stride, labels=labels, crop_body=crop_body,
             patient_pattern=patient_pattern, patient_csv=patient_csv, fractions=shares, workers=workers,
-            seed=seed, progress=bar.report,
+            seed=seed, patients_of=patients_of, progress=bar.report,
         )  # fmt: skip
     for line in _told(dataset.summary):
         typer.echo(line)

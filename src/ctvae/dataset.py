@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,11 +55,11 @@ class Dataset:
     def __init__(self, folder: Path, content: dict[str, Any]):
         self.folder = folder
         self._groups = sorted((_group(entry) for entry in content["groups"]), key=lambda group: group.id)
-        self.settings: dict[str, Any] = content["settings"]
-        self.measured: dict[str, Any] = content["measured"]
-        self.scans: list[dict[str, Any]] = content["scans"]
-        self.rejected: list[dict[str, str]] = content["rejected"]
-        self.notes: list[str] = content["notes"]
+        self.settings: dict[str, Any] = _of_type(content, "settings", dict)
+        self.measured: dict[str, Any] = _of_type(content, "measured", dict)
+        self.scans: list[dict[str, Any]] = _of_type(content, "scans", list)
+        self.rejected: list[dict[str, str]] = _of_type(content, "rejected", list)
+        self.notes: list[str] = _of_type(content, "notes", list)
 
     @classmethod
     def open(cls, path: Path | str) -> Dataset:
@@ -70,7 +71,7 @@ class Dataset:
         if not file.is_file():
             raise InputError(f"{folder}: not a finished dataset ({FILE} is missing); run `ctvae prepare` on it (again)")
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = files.read_json(file)
         except (OSError, ValueError) as error:
             raise InputError(f"{file}: damaged ({str(error).splitlines()[0]}); run `ctvae prepare` again") from error
         version = content.get("format") if isinstance(content, dict) else None
@@ -78,8 +79,8 @@ class Dataset:
             raise InputError(f"{file}: format version {version!r}, this ctvae reads {FORMAT}; prepare the scans again")
         try:
             return cls(folder, content)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{file}: damaged ({type(error).__name__}: {error}); run `ctvae prepare` again") from error
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise InputError(f"{file}: damaged ({_short(error)}); run `ctvae prepare` again") from error
 
     def groups(self, split: str | None = None) -> list[Group]:
         """The groups of one split, or all, sorted by id. Raises InputError for an unknown split."""
@@ -150,6 +151,12 @@ def _laid_out(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def _of_type(content: dict[str, Any], key: str, kind: type) -> Any:
+    if not isinstance(content[key], kind):
+        raise ValueError(f"'{key}' is no {kind.__name__}")
+    return content[key]
+
+
 def _group(entry: dict[str, Any]) -> Group:
     group = Group(
         **{
@@ -162,15 +169,21 @@ def _group(entry: dict[str, Any]) -> Group:
     )
     if len(group.shape) != 3 or len(group.spacing_mm) != 3 or group.affine.shape != (4, 4):
         raise ValueError(f"group {group.id}: shape, spacing_mm or affine is not 3D")
+    if min(group.shape) < 1 or math.prod(group.shape) > nifti.MAX_VOXELS:
+        raise ValueError(f"group {group.id}: a shape of {group.shape} is empty or beyond {nifti.MAX_VOXELS} voxels")
+    numbers = [*group.affine.ravel(), *group.spacing_mm, group.position]
+    if not all(map(math.isfinite, numbers)) or min(group.spacing_mm) <= 0:
+        raise ValueError(f"group {group.id}: spacing_mm, affine or position is not finite, or not positive")
     if group.split not in SPLITS:
         raise ValueError(f"group {group.id}: unknown split '{group.split}'")
-    for path in (group.path, group.label_path or group.path):
-        _check_inside(path)
+    if not all(isinstance(text, str) for text in (group.id, group.patient, group.source, group.sha256)):
+        raise ValueError("a group's id, patient, source or sha256 is no text")
+    files.inside(group.id)
+    for path, end in ((group.path, ".nii"), (group.label_path or "x.nii.gz", (".nii", ".nii.gz"))):
+        if not files.inside(path).endswith(end):
+            raise ValueError(f"group {group.id}: '{path}' is not called {end}")
     return group
 
 
-def _check_inside(path: str) -> None:
-    """Refuse a path that would leave the dataset's folder."""
-    parts = PurePosixPath(path)
-    if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path:
-        raise ValueError(f"path '{path}' leaves the dataset's folder")
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -3,6 +3,7 @@
 CtvaeError
 ├── InputError           a path, file or argument is not what it has to be
 │   └── ScanRejected     one scan cannot be used; `prepare` lists it and goes on
+│       └── ScanTooLarge for the memory that is free now; `prepare` tries it again next time
 ├── ConfigError          an unknown method or key, or a value out of range
 ├── ModelError           a run folder or packaged model is missing, unfinished or damaged
 ├── DoesNotFit           the work needs more memory than there is
@@ -20,6 +21,10 @@ class InputError(CtvaeError):
 
 class ScanRejected(InputError):
     """One scan cannot be used. `prepare` writes the reason down and goes on."""
+
+
+class ScanTooLarge(ScanRejected):
+    """One scan needs more memory than is free now. The next run of `prepare` tries it again."""
 
 
 class ConfigError(CtvaeError):

@@ -1,15 +1,21 @@
-"""Files that are whole or absent: written beside their place, flushed to disk, then renamed."""
+"""Files that are whole or absent: written beside their place, flushed to disk, then renamed. And JSON and YAML from anywhere."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ctvae.errors import InputError
+
+MOST_JSON_BYTES = 2**30
+MOST_YAML_BYTES = 2**18
+PARTIAL = ".partial"
 
 
 @contextmanager
@@ -19,16 +25,13 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises InputError in one line when the folder cannot be written or the disk is full; `path` is then untouched.
     """
     suffix = "".join(path.suffixes[-2:])
-    temporary = path.with_name(f".{path.name.removesuffix(suffix)}.{os.getpid()}.partial{suffix}")
+    temporary = path.with_name(f".{path.name.removesuffix(suffix)}.{_host()}-{os.getpid()}{PARTIAL}{suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _flush(temporary)
         os.replace(temporary, path)
+        _flush(path.parent)  # the new name, too
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder") from error
     finally:
@@ -43,3 +46,91 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
+    """What a JSON file says. Raises ValueError for damaged, very large and very deep ones, OSError as `open`."""
+    if path.stat().st_size > most_bytes:
+        raise ValueError(f"larger than {most_bytes} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_yaml(path: Path, most_bytes: int = MOST_YAML_BYTES) -> Any:
+    """What a small YAML file says, plain values only: no tags that name code, no aliases that a few bytes multiply.
+
+    Raises ValueError for damaged, large and deep ones, OSError as `open`.
+    """
+    if path.stat().st_size > most_bytes:
+        raise ValueError(f"larger than {most_bytes} bytes")
+    return parsed_yaml(path.read_text(encoding="utf-8"))
+
+
+def parsed_yaml(text: str) -> Any:
+    """As `read_yaml`, of a text."""
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("aliases (*name) are not read")
+            return super().compose_node(parent, index)
+
+    try:
+        return yaml.load(text, Plain)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML ({' '.join(str(error).split())[:200]})") from error
+
+
+def inside(path: str) -> str:
+    """`path` itself, if it names something below the folder that it is relative to. Raises ValueError where it leaves."""
+    parts = PurePosixPath(path)
+    if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path or ":" in path or "\0" in path:
+        raise ValueError(f"path {path!r} leaves its folder")
+    return path
+
+
+def sweep(folder: Path) -> None:
+    """Delete what writers of this machine that were killed have left directly in `folder`."""
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            owner = entry.name.partition(PARTIAL)[0].rpartition(".")[2].partition("-")
+            if PARTIAL in entry.name and owner[0] == _host() and owner[2].isdecimal() and not _runs(int(owner[2])):
+                Path(entry).unlink(missing_ok=True)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether `path` is the temporary file of a writer, running or killed."""
+    return path.name.startswith(".") and PARTIAL in path.name
+
+
+def _flush(path: Path) -> None:
+    """To disk: a file's content, or a folder's names where the system can do that."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():
+            return  # Windows opens no folders
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _host() -> str:
+    """This machine, in a few letters that do not name it."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+
+
+def _runs(pid: int) -> bool:
+    import psutil
+
+    return psutil.pid_exists(pid)

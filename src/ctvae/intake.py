@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 
 from ctvae import files, nifti
-from ctvae.errors import ScanRejected
+from ctvae.errors import ScanRejected, ScanTooLarge
 from ctvae.preprocess import BODY_HU, Box, Steps, body_box, cut, group_starts
-from ctvae.scan import Found, read_scan
+from ctvae.scan import Found, read_found
 from ctvae.volume import Volume, position_mm
 
 Record = dict[str, Any]
 BODY_MARGIN_VOXELS = 4
 BLANK_SLICE = 0.002  # share of a slice's voxels above BODY_HU, below which it shows no body
+TRY_AGAIN = "too large for the memory at the time"  # no scan's fingerprint
+NARROWEST = 16  # times longer than wide may a plane be that is made square
 MOST_BLANK = 0.1  # of a group's slices; a group with more would teach a model to draw blanks
 BIN_HU = 10
 HISTOGRAM_HU = np.arange(-1025, 3090, BIN_HU)  # edges
@@ -49,6 +51,7 @@ class Job:
     settings: Settings
     label_path: Path | None
     fingerprint: str  # of the scan's files, its label file and the settings
+    salt: str = ""  # of the patients' pseudonyms
 
     @property
     def record_path(self) -> Path:
@@ -58,22 +61,32 @@ class Job:
 def prepare_scan(job: Job) -> Record:
     """Write the groups of one scan and then its record. A scan that cannot be used gets a record with the reason."""
     stale = read_record(job) or {}
+    fingerprint = job.fingerprint
     try:
         record = {**_prepared(job), "reason": None}
+    except ScanTooLarge as error:
+        record, fingerprint = _rejected(job, str(error)), TRY_AGAIN
+    except MemoryError:
+        record, fingerprint = _rejected(job, "needs more memory than there is; use fewer --workers"), TRY_AGAIN
     except ScanRejected as error:
-        reason = str(error).removeprefix(f"{job.found.path}: ")
-        record = {"reason": reason.replace(str(job.found.path), job.found.name), "groups": []}
-    record = {"fingerprint": job.fingerprint, "source": job.found.name, "duplicate_of": None, **record}
+        record = _rejected(job, str(error))
+    record = {"fingerprint": fingerprint, "source": job.found.name, "duplicate_of": None, **record}
     delete_groups(job.out, stale, keep=record)
     files.write_json(job.record_path, record)
     return record
+
+
+def _rejected(job: Job, reason: str) -> Record:
+    """Says what was wrong without saying where the scans lie."""
+    reason = reason.removeprefix(f"{job.found.path}: ")
+    return {"reason": reason.replace(str(job.found.path), job.found.name), "groups": []}
 
 
 def read_record(job: Job) -> Record | None:
     """What an earlier run did with the scan; none if it did not get that far."""
     try:
         record = json.loads(job.record_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and {"fingerprint", "groups", "duplicate_of"} <= set(record) else None
 
@@ -113,7 +126,7 @@ def fingerprint(scan: Found, settings: Settings, label_path: Path | None) -> str
 def _prepared(job: Job) -> Record:
     """Write the groups; what is to be remembered of the scan. Raises ScanRejected."""
     settings = job.settings
-    scan = read_scan(job.found.path, job.found.series)
+    scan = read_found(job.found, job.salt)
     starts = _filled(scan.volume.hu, settings)
     body = body_box(scan.volume)
     steps = _steps(body.grown(BODY_MARGIN_VOXELS, scan.volume.shape), scan.volume.shape, settings)
@@ -150,6 +163,8 @@ def _steps(body: Box, shape: tuple[int, int, int], settings: Settings) -> Steps:
     box = body if settings.crop_body else Box.whole(shape)
     if settings.size is None:
         return Steps(box, box.shape[1:])
+    if max(box.shape[1:]) > NARROWEST * min(box.shape[1:]):
+        raise ScanRejected(f"its plane of {box.shape[1]}x{box.shape[2]} is too narrow to be made square")
     return Steps(box.squared(), (settings.size, settings.size))
 
 

@@ -9,14 +9,16 @@ import gzip
 import io
 import math
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import psutil
 from nibabel.spatialimages import HeaderDataError
 
-from ctvae.errors import ScanRejected
+from ctvae.errors import ScanRejected, ScanTooLarge
 from ctvae.files import atomic
 from ctvae.volume import Orientation, Volume, canonical, spacing_of
 
@@ -25,6 +27,9 @@ MAX_SHEAR_DEGREES = 1.0
 SPACING_RANGE_MM = (0.01, 100.0)
 INT16 = np.iinfo(np.int16)
 HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+MAGIC = {b"n+1", b"n+2"}  # header and voxels in one file
+SLAB_VOXELS = 2**22  # read and scaled at a time
+BYTES_PER_VOXEL = 8  # float32, and again in canonical axes; int16 takes half
 DEFLATE_LIMIT = 1032  # deflate cannot expand further than this
 Stream = gzip.GzipFile | io.BufferedReader
 NOT_MM = {1: "metres", 3: "micrometres"}  # codes of xyzt_units
@@ -41,8 +46,8 @@ def read(path: Path, max_voxels: int = MAX_VOXELS) -> tuple[Volume, Orientation]
 
     Voxels are scaled as the header says: int16 where that is exact, else float32.
 
-    Raises ScanRejected: missing or not NIfTI, truncated, not 3D, empty, more than `max_voxels`, complex or colour
-    voxels, NaN or infinite voxels, no usable affine.
+    Raises ScanRejected: missing or not NIfTI, truncated, not 3D, empty, more than `max_voxels` or than memory holds,
+    complex or colour voxels, NaN or infinite voxels, no usable affine.
     """
     path = Path(path)
     try:
@@ -51,13 +56,15 @@ def read(path: Path, max_voxels: int = MAX_VOXELS) -> tuple[Volume, Orientation]
             shape = _shape(path, header, max_voxels)
             affine = _affine(path, header)
             values = _values(path, header, file, math.prod(shape))
+        return canonical(values.reshape(shape, order="F"), affine)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ScanRejected(f"{path}: damaged or truncated gzip; copy it again") from error
-    except (HeaderDataError, KeyError) as error:  # KeyError: an unknown code, of the voxel type for instance
-        raise ScanRejected(f"{path}: damaged NIfTI header ({error})") from error
+    except (HeaderDataError, LookupError, ValueError, OverflowError) as error:  # of codes and numbers that mean nothing
+        raise ScanRejected(f"{path}: damaged NIfTI header ({' '.join(str(error).split())[:200]})") from error
+    except MemoryError as error:
+        raise ScanTooLarge(f"{path}: needs more memory than there is") from error
     except OSError as error:
         raise ScanRejected(f"{path}: cannot be read ({error.strerror or error})") from error
-    return canonical(values.reshape(shape, order="F"), affine)
 
 
 def read_labels(path: Path) -> tuple[Volume, Orientation]:
@@ -95,12 +102,15 @@ def mapped(path: Path) -> np.ndarray:
     Copy-on-write: changes stay in memory. Raises ScanRejected when the file is missing, damaged or not such a file.
     """
     try:
-        image = nib.load(path)
-        voxels = image.dataobj.get_unscaled()  # type: ignore[attr-defined]
-    except (OSError, ValueError, nib.filebasedimages.ImageFileError, HeaderDataError) as error:
+        with path.open("rb") as file:
+            header = _header(path, file)
+        shape = tuple(int(n) for n in header["dim"][1:4])
+        dtype = header.get_data_dtype()
+        if int(header["dim"][0]) != 3 or dtype != np.dtype("<i2") or min(shape) < 1:
+            raise ScanRejected(f"{path}: not a group of int16 slices; prepare the dataset again")
+        voxels = np.memmap(path, dtype, "c", int(header["vox_offset"]), shape, order="F")
+    except (OSError, ValueError, OverflowError, LookupError, HeaderDataError) as error:
         raise ScanRejected(f"{path}: missing or damaged; prepare the dataset again") from error
-    if voxels.ndim != 3 or voxels.dtype != np.int16:
-        raise ScanRejected(f"{path}: not a group of int16 slices; prepare the dataset again")
     return voxels.transpose(2, 1, 0)
 
 
@@ -115,8 +125,10 @@ def _header(path: Path, file: Stream) -> Any:
     raw = file.read(540)
     for size, header in HEADERS.items():
         if len(raw) >= size and size in (int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big")):
-            return header(raw[:size], check=False)
-    raise ScanRejected(f"{path}: not a NIfTI file" if raw else f"{path}: empty file")
+            found = header(raw[:size], check=False)
+            if bytes(found["magic"])[:3] in MAGIC:
+                return found
+    raise ScanRejected(f"{path}: not a NIfTI file with its voxels inside" if raw else f"{path}: empty file")
 
 
 def _shape(path: Path, header: Any, max_voxels: int) -> tuple[int, int, int]:
@@ -176,32 +188,67 @@ def _values(path: Path, header: Any, file: Stream, count: int) -> np.ndarray:
     dtype = header.get_data_dtype()
     if dtype.kind not in "iuf":
         raise ScanRejected(f"{path}: complex or colour voxels ({dtype}), not HU")
-    values = _raw(path, header, file, count, dtype)
     slope, intercept = header.get_slope_inter()
+    if np.isinf(header["scl_slope"]):  # 0 and NaN say that nothing is to be scaled
+        raise ScanRejected(f"{path}: damaged NIfTI header (scl_slope is infinite)")
+    _seek_voxels(path, header, file, count * dtype.itemsize)
+    slabs = _slabs(path, file, count, dtype)
     if (slope, intercept) not in ((None, None), (1.0, 0.0)):
-        values = values * np.float64(slope) + np.float64(intercept)
-    values = narrowed(values)
-    if values.dtype == np.float32 and not np.isfinite(values).all():
-        raise ScanRejected(f"{path}: holds NaN or infinite voxels")
-    return values
+        slabs = (slab * np.float64(slope) + np.float64(intercept) for slab in slabs)
+    with np.errstate(all="ignore"):  # what becomes infinite is refused
+        return gathered(path, slabs, count, plain=dtype.newbyteorder("=") == np.int16)
 
 
-def _raw(path: Path, header: Any, file: Stream, count: int, dtype: np.dtype) -> np.ndarray:
+def _seek_voxels(path: Path, header: Any, file: Stream, size: int) -> None:
+    """To the first of `size` bytes of voxels, which the file has to be long enough for."""
     start = max(float(header["vox_offset"]), header.sizeof_hdr + 4)
-    end = start + count * dtype.itemsize
     expansion = DEFLATE_LIMIT if isinstance(file, gzip.GzipFile) else 1
-    if not end <= path.stat().st_size * expansion:  # also where the offset is NaN
+    if not start + size <= path.stat().st_size * expansion:  # also where the offset is NaN
         raise ScanRejected(f"{path}: {TRUNCATED}")
-    buffer = bytearray(count * dtype.itemsize)
     file.seek(int(start))
+
+
+def _slabs(path: Path, file: Stream, count: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The stored voxels, some million at a time."""
+    for first in range(0, count, SLAB_VOXELS):
+        yield np.frombuffer(_filled(path, file, min(SLAB_VOXELS, count - first) * dtype.itemsize), dtype=dtype)
+    file.read(1)  # the end of a gzip holds its checksum
+
+
+def _filled(path: Path, file: Stream, size: int) -> bytearray:
+    buffer = bytearray(size)
     filled, view = 0, memoryview(buffer)
-    while filled < len(buffer):
+    while filled < size:
         step = file.readinto(view[filled:])
         if not step:
             raise ScanRejected(f"{path}: {TRUNCATED}")
         filled += step
-    file.read(1)  # the end of a gzip holds its checksum
-    return np.frombuffer(buffer, dtype=dtype)
+    return buffer
+
+
+def gathered(path: Path, parts: Iterable[np.ndarray], count: int, plain: bool = False) -> np.ndarray:
+    """The `parts` as one line of `count` values: int16 where that changes nothing, else float32.
+
+    `plain`: they are int16. Raises ScanRejected, naming `path`, for NaN and infinite values, and where memory is short.
+    """
+    _check_memory(path, count * (BYTES_PER_VOXEL // 2 if plain else BYTES_PER_VOXEL))
+    values = np.empty(count, np.int16)
+    start = 0
+    for part in parts:
+        part = narrowed(part.ravel())
+        if part.dtype == np.float32:
+            if not np.isfinite(part).all():
+                raise ScanRejected(f"{path}: holds NaN or infinite voxels")
+            values = values.astype(np.float32, copy=False)  # whole numbers so far
+        values[start : start + part.size] = part
+        start += part.size
+    return values
+
+
+def _check_memory(path: Path, needed: int) -> None:
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ScanTooLarge(f"{path}: needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
 
 
 def narrowed(values: np.ndarray) -> np.ndarray:
@@ -211,7 +258,7 @@ def narrowed(values: np.ndarray) -> np.ndarray:
     fits = values.min() >= INT16.min and values.max() <= INT16.max
     if fits and (values.dtype.kind != "f" or np.array_equal(values, np.rint(values))):
         return values.astype(np.int16)
-    with np.errstate(over="ignore"):  # beyond float32 becomes infinite, which `read` rejects
+    with np.errstate(over="ignore"):  # beyond float32 becomes infinite, which is refused
         return values.astype(np.float32)
 
 

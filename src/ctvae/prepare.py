@@ -10,11 +10,13 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,9 @@ from ctvae.preprocess import BODY_HU, RESTS
 from ctvae.scan import PREPARED_MARK, Found, find_scans, label_folders, without_suffix
 
 Progress = Callable[[int, int, str], None]  # done, total, what was just finished
+EARLIER_SALT = "ctvae patient"  # of datasets that were begun before each had its own
+SALT = re.compile(r"[\w ]{1,64}", re.ASCII)
+AHEAD = 8  # jobs per worker that wait in its queue
 PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
 
 
@@ -58,6 +63,7 @@ def prepare(
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
     workers: int | None = None,
     seed: int = 0,
+    patients_of: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
     """Turn NIfTI files and DICOM series into a dataset of groups of axial slices in `out`.
@@ -68,8 +74,9 @@ def prepare(
     "native" or the pixels across after anti-aliased resampling. `crop_body` crops in plane to the body and 4 voxels
     around. `labels` are folders of label maps with the scans' file names. A patient is known by `patient_pattern` (a
     regular expression with one group, searched in the file name), by `patient_csv` (columns scan, patient), or else by
-    the hashed DICOM PatientID or the file name. Patients go to train, validation and test by `fractions` and `seed`,
-    each drawn by itself, so that none moves when scans are added.
+    the hashed DICOM PatientID or the file name. Each dataset has a salt of its own for that hash, so that nobody is
+    recognised across datasets; `patients_of` names one whose salt this one is to share. Patients go to
+    train, validation and test by `fractions` and `seed`, each drawn by itself, so that none moves when scans are added.
 
     Run again, it goes on where it stopped and takes in what is new. Scans that cannot be used are in `rejected` with
     their reason. Raises InputError for a bad argument, when a source is missing, when `out` was prepared with other
@@ -87,8 +94,11 @@ def prepare(
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder of labels")
     found = find_scans(sources, skip=[*label_dirs, Path(out)])
-    out = _claimed(Path(out), settings)
-    jobs = _jobs(found, out, settings, label_dirs)
+    out = Path(out)
+    salt = _claimed(out, settings, patients_of)
+    for folder in (out, *(out / name for name in ("groups", "labels", "scans"))):
+        files.sweep(folder)
+    jobs = _jobs(found, out, settings, label_dirs, salt)
     records = _without_duplicates(jobs, _records(jobs, workers, progress))
     content = _content(jobs, records, Patients(found, patient_pattern, known))
     if not content["groups"]:
@@ -128,35 +138,47 @@ def _three(fractions: Sequence[float]) -> tuple[float, float, float]:
     return train, validation, test
 
 
-def _claimed(out: Path, settings: Settings) -> Path:
-    """`out` as a dataset folder with these settings, new or begun before."""
+def _claimed(out: Path, settings: Settings, patients_of: Path | str | None) -> str:
+    """Makes `out` a dataset folder with these settings, if it was not begun before; returns its salt."""
     mark = out / PREPARED_MARK
     wanted = json.loads(json.dumps(asdict(settings)))
+    shared = None if patients_of is None else _begun(Path(patients_of) / PREPARED_MARK)["salt"]
     if mark.is_file():
-        try:
-            begun = json.loads(mark.read_text(encoding="utf-8"))
-            was = {"format": begun["format"], **begun["settings"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{mark}: damaged; delete {out} and prepare it again") from error
+        was = _begun(mark)
         for key, value in {"format": FORMAT, **wanted}.items():
             if was.get(key) != value:
                 raise InputError(f"{out}: was prepared with {key} {was.get(key)}, not {value}; choose another folder")
-        return out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if shared not in (None, was["salt"]):
+            raise InputError(f"{out}: was prepared with another salt than {patients_of}; choose another folder")
+        return was["salt"]
+    if out.exists() and (not out.is_dir() or not all(map(files.is_partial, out.iterdir()))):
         raise InputError(f"{out}: is there already and not a dataset; choose another folder")
-    files.write_json(mark, {"format": FORMAT, "settings": wanted})
-    return out
+    salt = shared or secrets.token_hex(16)
+    files.write_json(mark, {"format": FORMAT, "settings": wanted, "salt": salt})
+    return salt
 
 
-def _jobs(found: list[Found], out: Path, settings: Settings, label_dirs: list[Path]) -> list[Job]:
+def _begun(mark: Path) -> dict[str, Any]:
+    """Format, settings and salt of a dataset. Raises InputError where `mark` is missing or damaged."""
+    try:
+        content = files.read_json(mark)
+        begun = {"format": content["format"], **content["settings"], "salt": content.get("salt", EARLIER_SALT)}
+        if not SALT.fullmatch(begun["salt"]):
+            raise ValueError("its salt is no text of letters and digits")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{mark}: missing or damaged; delete {mark.parent} and prepare it again") from error
+    return begun
+
+
+def _jobs(found: list[Found], out: Path, settings: Settings, label_dirs: list[Path], salt: str) -> list[Job]:
     jobs, taken = [], set()
     for scan in found:
         name = _id(scan)
         if name.lower() in taken:  # the same name in two sources, or as .nii and .nii.gz
-            name += "-" + hashlib.sha256(f"{scan.path.resolve()}{scan.series}".encode()).hexdigest()[:8]
+            name += "-" + hashlib.sha256(os.fsencode(scan.path.resolve()) + str(scan.series).encode()).hexdigest()[:8]
         taken.add(name.lower())
         label_path = _label_path(scan, label_dirs)
-        jobs.append(Job(scan, name, out, settings, label_path, fingerprint(scan, settings, label_path)))
+        jobs.append(Job(scan, name, out, settings, label_path, fingerprint(scan, settings, label_path), salt))
     return jobs
 
 
@@ -175,14 +197,14 @@ def _label_path(scan: Found, label_dirs: list[Path]) -> Path | None:
 
 
 def _records(jobs: list[Job], workers: int | None, progress: Progress | None) -> list[Record]:
-    """One record per job, from an earlier run where it is still current."""
-    records = {job.id: record for job in jobs if is_current(job, record := read_record(job)) and record}
+    """One record per job, from an earlier run where it is still current; without their histograms, to be small."""
+    records = {job.id: _light(record) for job in jobs if is_current(job, record := read_record(job)) and record}
     todo = [job for job in jobs if job.id not in records or _lost_its_original(records[job.id], records)]
     done = len(jobs) - len(todo)
     if progress and done:
         progress(done, len(jobs), f"{done} prepared before")
     for job, record in _worked(todo, workers):
-        records[job.id] = record
+        records[job.id] = _light(record)
         done += 1
         if progress:
             progress(done, len(jobs), job.found.name)
@@ -200,11 +222,17 @@ def _worked(jobs: list[Job], workers: int | None) -> Iterator[tuple[Job, Record]
     if count <= 1:
         yield from ((job, prepare_scan(job)) for job in jobs)
         return
+    waiting = iter(jobs)
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(prepare_scan, job): job for job in jobs}
+        pending: dict[Future[Record], Job] = {}
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            while True:
+                for job in islice(waiting, AHEAD * count - len(pending)):  # no more, so that memory stays flat
+                    pending[pool.submit(prepare_scan, job)] = job
+                if not pending:
+                    return
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    yield pending.pop(future), future.result()
         except BrokenProcessPool as error:
             raise InputError(
                 "a worker process died: out of memory (use fewer workers), or called from a script without "
@@ -212,6 +240,11 @@ def _worked(jobs: list[Job], workers: int | None) -> Iterator[tuple[Job, Record]
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _light(record: Record) -> Record:
+    """Without the histogram: a thousand scans' are read again, one by one, when they are summed up."""
+    return {key: value for key, value in record.items() if key != "histogram"}
 
 
 def _cores() -> int:
@@ -225,7 +258,8 @@ def _without_duplicates(jobs: list[Job], records: list[Record]) -> list[Record]:
     for job, record in zip(jobs, records, strict=True):
         if record["groups"]:
             original = first.setdefault(record["sha256"], job)
-            record = record if original is job else mark_duplicate(job, record, original)
+            if original is not job:
+                record = _light(mark_duplicate(job, read_record(job) or record, original))
         kept.append(record)
     return kept
 
@@ -234,12 +268,14 @@ def _content(jobs: list[Job], records: list[Record], whose: Patients) -> dict[st
     """Everything in `dataset.json` but its version."""
     settings, out = jobs[0].settings, jobs[0].out
     used, rejected, patients = [], [], []
+    histogram = np.zeros(len(HISTOGRAM_HU) - 1, np.int64)
     for job, record in zip(jobs, records, strict=True):
         try:
             if record["reason"]:
                 raise ScanRejected(record["reason"])
             patients.append(whose.of(job.found, record["patient"]))
             used.append(record)
+            histogram += _histogram(job)
         except ScanRejected as error:
             rejected.append({"source": record["source"], "reason": str(error)})
     splits, notes = assign(set(patients), settings.seed, settings.fractions, _earlier_splits(out))
@@ -247,7 +283,7 @@ def _content(jobs: list[Job], records: list[Record], whose: Patients) -> dict[st
     return {
         "ctvae": __version__,
         "settings": asdict(settings),
-        "measured": _measured(used) if used else {},
+        "measured": _measured(used, histogram) if used else {},
         "notes": notes + (_label_notes(used) if settings.labels else []),
         "rejected": rejected,
         "scans": [_scan_entry(patient, splits[patient], record) for patient, record in named],
@@ -284,9 +320,13 @@ def _label_notes(records: list[Record]) -> list[str]:
     return notes
 
 
-def _measured(records: list[Record]) -> dict[str, Any]:
-    """What the scans are like; HU percentiles are read off a histogram, to 10 HU."""
-    histogram = np.sum([record["histogram"] for record in records], axis=0)
+def _histogram(job: Job) -> np.ndarray:
+    """Of a scan, from its record on disk."""
+    return np.array((read_record(job) or {}).get("histogram", 0), dtype=np.int64)
+
+
+def _measured(records: list[Record], histogram: np.ndarray) -> dict[str, Any]:
+    """What the scans are like; HU percentiles are read off the histogram of all, to 10 HU."""
     body = np.where(HISTOGRAM_HU[:-1] >= BODY_HU, histogram, 0)
     shapes = Counter("x".join(map(str, group["shape"])) for record in records for group in record["groups"])
     spacings = list(zip(*(record["spacing_mm"] for record in records), strict=True))

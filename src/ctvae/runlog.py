@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import time
 from pathlib import Path
@@ -24,6 +23,8 @@ from ctvae.checkpoint import Checkpoints
 from ctvae.config import Config, Training, dump_config, load_config
 from ctvae.errors import ConfigError, InputError, ModelError
 from ctvae.version import __version__
+
+MOST_STATE_BYTES = 2**24
 
 
 class Run:
@@ -36,12 +37,15 @@ class Run:
     def create_or_resume(cls, folder: Path, cfg: Config, dataset_fingerprint: str) -> Run:
         """Raises ConfigError where the folder holds a run with other settings or data."""
         run = cls(folder)
+        for written in (folder, folder / "checkpoints", folder / "logs", folder / "previews"):
+            files.sweep(written)
         if run.config_path.exists():
             run._check(cfg, dataset_fingerprint)
             return run
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: is a file; --out names a folder")
-        if folder.exists() and any(path.name != "run.json" for path in folder.iterdir()):  # alone: stopped right below
+        if folder.exists() and any(path.name != "run.json" and not files.is_partial(path) for path in folder.iterdir()):
+            # run.json alone: stopped right below.
             raise InputError(f"{folder}: is neither empty nor a ctvae run; choose another folder for --out")
         files.write_json(run.folder / "run.json", {"ctvae": __version__, "dataset": dataset_fingerprint, "stages": {}})
         files.write_text(run.config_path, dump_config(cfg))
@@ -64,8 +68,11 @@ class Run:
     @property
     def state(self) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / "run.json").read_text())
-        except (OSError, ValueError) as error:
+            state = files.read_json(self.folder / "run.json", MOST_STATE_BYTES)
+            if not isinstance(state.get("stages"), dict) or not isinstance(state.get("dataset"), str):
+                raise ValueError("'stages' or 'dataset' is missing")
+            return state
+        except (OSError, ValueError, AttributeError) as error:
             raise ModelError(f"{self.folder}: run.json is missing or damaged ({error})") from error
 
     def note(self, **entries: Any) -> None:

@@ -23,7 +23,7 @@ class Scan:
     volume: Volume
     orientation: Orientation
     path: Path
-    patient: str | None  # hashed DICOM PatientID; none for NIfTI
+    patient: str | None = None  # salted hash of the DICOM PatientID; none for NIfTI, and where no salt was given
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,18 @@ class Found:
     def name(self) -> str:
         """Relative to the source, e.g. `case_1.nii.gz`; a source that is the scan itself goes by its own name."""
         relative = self.path.relative_to(self.root)
-        return relative.as_posix() if relative.parts else self.path.resolve().name
+        return _as_text(relative.as_posix() if relative.parts else self.path.resolve().name)
 
     @property
     def stem(self) -> str:
         """The file's or folder's name without `.nii` or `.nii.gz`."""
-        return without_suffix(self.path.resolve().name if self.series else self.path.name)
+        return _as_text(without_suffix(self.path.resolve().name if self.series else self.path.name))
+
+
+def _as_text(name: str) -> str:
+    """A file's name as text that can be written: bytes of it that are no UTF-8 become `\\xe9`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
 
 def without_suffix(name: str) -> str:
     """A file name without `.nii` or `.nii.gz`."""
@@ -65,8 +71,27 @@ def read_scan(path: Path | str, series: str | None = None) -> Scan:
         raise InputError(f"{path}: no such file or folder")
     if not nifti.is_nifti(path):
         raise ScanRejected(f"{path}: not a scan; give a .nii or .nii.gz file, or a folder of DICOM files")
+    return _read_nifti(path)
+
+
+def read_found(found: Found, salt: str = "") -> Scan:
+    """A scan of `find_scans`, without looking through its folder again; its patient hashed with `salt`.
+
+    Raises ScanRejected as `read_scan`.
+    """
+    if found.series is None:
+        return _read_nifti(found.path)
+    return _read_series(dicom.Series(found.path, found.series, found.files), salt)
+
+
+def _read_nifti(path: Path) -> Scan:
     volume, orientation = nifti.read(path)
-    return Scan(Volume(as_hu(volume.hu, path), volume.affine), orientation, path, None)
+    return Scan(Volume(as_hu(volume.hu, path), volume.affine), orientation, path)
+
+
+def _read_series(series: dicom.Series, salt: str = "") -> Scan:
+    volume, orientation, meta = dicom.read_series(series, salt)
+    return Scan(Volume(as_hu(volume.hu, series.folder), volume.affine), orientation, series.folder, meta.patient)
 
 
 def _read_dicom(folder: Path, uid: str | None) -> Scan:
@@ -75,8 +100,7 @@ def _read_dicom(folder: Path, uid: str | None) -> Scan:
         raise ScanRejected(f"{folder}: holds no DICOM series" + (f" {uid}" if uid else ""))
     if len(found) > 1:
         raise ScanRejected(f"{folder}: holds {len(found)} DICOM series; put the one you mean into its own folder")
-    volume, orientation, meta = dicom.read_series(found[0])
-    return Scan(Volume(as_hu(volume.hu, folder), volume.affine), orientation, folder, meta.patient)
+    return _read_series(found[0])
 
 
 def find_scans(sources: Sequence[Path | str], skip: Iterable[Path] = ()) -> list[Found]:

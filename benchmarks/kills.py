@@ -1,0 +1,150 @@
+"""Kill -9 at random moments of prepare, generate and evaluate: the same command goes on, and ends as if nothing had been.
+
+    python benchmarks/kills.py --trials 10 --kills 3 --seed 0
+
+Phantoms are prepared, a network of a few thousand weights is trained for seconds, and each verb is run once through. Then,
+`--trials` times: begun in an empty folder, killed with all its processes after a random time, `--kills` times over (or until
+it is done), and at last left to finish. Every file that it leaves is compared byte for byte with the run that was not killed;
+of report.json and index.html all but the time of day.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+TIME_OF_DAY = re.compile(rb'20\d\d-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\+00:00)?( UTC)?')
+Verb = Callable[[Path], list[str]]  # the folder to write -> the command line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbs", default="prepare,generate,evaluate")
+    arguments = parser.parse_args()
+    scratch = Path(tempfile.mkdtemp(prefix="kills"))
+    try:
+        verbs = _stage(scratch)
+        chosen = {name: verbs[name] for name in arguments.verbs.split(",")}
+        failed = sum(_judge(name, verb, scratch / name, arguments) for name, verb in chosen.items())
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    sys.exit(1 if failed else 0)
+
+
+def _stage(scratch: Path) -> dict[str, Verb]:
+    """What the verbs need, and their command lines. Everything is imported here once, so that the kills meet work."""
+    from conftest import TINY
+
+    import ctvae.evaluation.evaluate
+    import ctvae.generate  # noqa: F401
+    from ctvae.phantoms import write_phantoms
+
+    scans, data, run, made = (scratch / name for name in ("scans", "data", "run", "made"))
+    write_phantoms(scans, 8, shape=(64, 32, 32), spacing_mm=(12.5, 12.5, 4.5))
+    prepare = ["prepare", str(scans), "--slices", "32", "--fractions", "0.5,0.25,0.25", "--workers"]
+    settings = [word for setting in TINY for word in ("--set", setting)]
+    for command in (
+        [*prepare, "1", "--out", str(data)],
+        ["train", str(data), "--out", str(run), *settings],
+        ["generate", str(run), "--out", str(made), "-n", "6"],
+    ):
+        if _finish(command) != 0:
+            raise SystemExit(f"could not stage: {command}")
+    return {
+        "prepare": lambda out: [*prepare, "2", "--patients-of", str(data), "--out", str(out)],
+        "generate": lambda out: ["generate", str(run), "--out", str(out), "-n", "6"],
+        "evaluate": lambda out: ["evaluate", "--real", str(data), "--synthetic", str(made), "--out", str(out)],
+    }
+
+
+def _judge(name: str, verb: Verb, folder: Path, arguments: argparse.Namespace) -> int:
+    """Number of trials that did not end as they should."""
+    start = time.monotonic()
+    if _finish(verb(folder / "through")) != 0:
+        raise SystemExit(f"{name}: does not run through")
+    seconds = time.monotonic() - start
+    expected = _content(folder / "through")
+    failed = killed = 0
+    for trial in range(arguments.trials):
+        rng = random.Random(f"{arguments.seed} {name} {trial}")
+        out = folder / f"trial-{trial}"
+        moments = []
+        for _ in range(arguments.kills):
+            moments.append(rng.uniform(0, seconds))
+            if not _killed(verb(out), moments[-1]):
+                break
+            killed += 1
+        code = _finish(verb(out))
+        different = _different(expected, _content(out))
+        if code or different:
+            failed += 1
+            print(f"{name} trial {trial}, killed after {moments}: exit code {code}, different: {different[:5]}", flush=True)
+        shutil.rmtree(out)
+    print(f"{name}: {killed} kills in {arguments.trials} trials (one run: {seconds:.1f} s, {len(expected)} files), "
+          f"{arguments.trials - failed} ended equal, {failed} did not; seed {arguments.seed}", flush=True)  # fmt: skip
+    return failed
+
+
+def _fork(command: list[str]) -> int:
+    """The process id, and group, of a child that runs the command line."""
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    if not os.environ.get("LOUD"):
+        os.dup2(quiet, 2)
+    from ctvae.__main__ import run
+
+    os._exit(run(command))
+
+
+def _finish(command: list[str]) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(_fork(command), 0)[1])
+
+
+def _killed(command: list[str], after_seconds: float) -> bool:
+    """Whether the command was still running when it was killed, with all its workers."""
+    child = _fork(command)
+    deadline = time.monotonic() + after_seconds
+    while time.monotonic() < deadline:
+        done, _ = os.waitpid(child, os.WNOHANG)
+        if done:
+            return False
+        time.sleep(0.002)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    """Every file, hidden ones too: nothing that a killed writer left may stay. Without the time of day."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            content = path.read_bytes().replace(str(folder).encode(), b"OUT")
+            found[str(path.relative_to(folder))] = TIME_OF_DAY.sub(b"TIME", content)
+    return found
+
+
+def _different(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
+    return sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

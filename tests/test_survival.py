@@ -1,0 +1,52 @@
+"""The survival benchmarks, in small: killed commands go on, damaged files are refused, time and memory grow in a line.
+
+The large runs and their figures: docs/scaling.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def ran(script: str, *arguments: str) -> str:
+    """What a benchmark prints; it fails the test by its exit code."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("verb", ["prepare", "generate", "evaluate"])
+def test_a_verb_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(verb):
+    said = ran("kills.py", "--trials", "3", "--kills", "3", "--seed", "1", "--verbs", verb)
+    assert "3 ended equal, 0 did not" in said
+    assert not said.startswith(f"{verb}: 0 kills")
+
+
+def test_damaged_files_are_refused_within_limits_of_time_and_memory():
+    said = ran("fuzz_files.py", "--count", "300", "--seed", "1")
+    assert "300 cases, seed 1" in said
+    assert " 0 failures" in said
+
+
+def test_preparing_ten_times_as_many_scans_takes_ten_times_as_long_and_little_more_memory(tmp_path):
+    said = ran("scaling.py", "--counts", "20", "200", "2000", "--workers", "1", "--out", str(tmp_path))
+    few, some, many = (json.loads(line) for line in said.splitlines() if line.startswith("{"))
+    per_scan = (many["cpu_seconds"] - some["cpu_seconds"]) / (many["scans"] - some["scans"])
+    before = (some["cpu_seconds"] - few["cpu_seconds"]) / (some["scans"] - few["scans"])
+    assert per_scan < 2 * before
+    assert many["leader_mb"] - few["leader_mb"] < 40
+
+
+def test_every_mutation_of_a_core_line_is_caught():
+    assert "14 of 14 mutations caught" in ran("mutations.py")
