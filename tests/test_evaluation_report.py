@@ -55,11 +55,11 @@ def volume(hu: Array) -> Volume:
 def judged(fault: Callable[[Array, int], Array], only: tuple[str, ...] = ()) -> dict[str, dict]:
     """The measures, or `only` some, of a synthetic side of other patients with `fault`, by id."""
     made = [summarise(volume(fault(patient(seed).astype(np.float32), i)), GRID) for i, seed in enumerate(MADE)]
-    scans = [*made, *REAL_SUMMARIES]
-    sides = realism.Sides(np.arange(12), np.arange(12, 28), np.arange(12, 52))
-    names = [f"s{i}" for i in range(12)] + [f"p{i}" for i in REAL]
-    todo = [m for m in realism.measures(scans, sides, names, seed=0) if not only or m.id in only]
-    return {measure.id: realism.judge(measure, sides, seed=0) for measure in todo}
+    scans = [*REAL_SUMMARIES, *made]
+    sides = realism.Sides(np.arange(40, 52), np.arange(16), np.arange(40))
+    names = [f"p{i}" for i in REAL] + [f"s{i}" for i in range(12)]
+    todo = [m for m in realism.measures(scans, sides.real, [sides.synthetic], names, seed=0) if not only or m.id in only]
+    return {measure.id: realism.judge(measure, sides, seed=0).entry for measure in todo}
 
 
 REAL_SUMMARIES = [summarise(volume(patient(seed)), GRID) for seed in REAL]

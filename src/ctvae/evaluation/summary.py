@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from ctvae.evaluation.features import FULL_HU, SOFT_HU, layout, texture, tissue_fractions
 from ctvae.evaluation.grid import Grid, Triple, body_mask, middle_of
+from ctvae.evaluation.network import learned
 from ctvae.files import atomic
 from ctvae.volume import Volume
 
-VERSION = 2  # of what is measured: older files in a cache are not read
+VERSION = 3  # of what is measured: older files in a cache are not read
 HISTOGRAM_EDGES_HU = np.arange(-1000, 1501, 10)
 CELLS = (24, 48, 48)
 PATCH = 8
@@ -41,6 +42,7 @@ class Summary:
     spectrum: Array  # [SPECTRUM_BINS] radial power spectrum of axial slices, HU^2 per cycle^2 voxel^-2
     texture: Array  # [65]
     layout: Array  # [56]
+    learned: Array  # [2 64] the network's features of the scan and of its mirror image
     cells: NDArray[np.int16]  # [24 48 48] the common box around the body's middle, HU
 
 
@@ -120,6 +122,7 @@ def soft_patches(hu: Array) -> Array:
 
 def _measure(volume: Volume, grid: Grid, name: str) -> Summary:
     hu, spacing_mm = volume.hu.astype(np.float32), volume.spacing_mm
+    seen = learned(hu, spacing_mm)
     body = body_mask(hu)
     cells = grid.cells(hu, spacing_mm, middle_of(body), CELLS)
     if grid.resample_texture:
@@ -138,6 +141,7 @@ def _measure(volume: Volume, grid: Grid, name: str) -> Summary:
         spectrum=power_spectrum(np.clip(hu, *SOFT_HU)[:: max(1, len(hu) // 32)]),
         texture=np.array(list(texture(hu, body, spacing_mm).values())),
         layout=layout(cells),
+        learned=seen,
         cells=np.rint(cells).astype(np.int16),
     )
 
