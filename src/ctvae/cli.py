@@ -315,14 +315,16 @@ def compare(
 ) -> None:
     """Train several methods alike and compare them.
 
-    The same time on the same patients for each; one table, one picture.
+    The same time on the same patients for each; two priors of every method, ranked in one report; one table, one picture.
 
     Example: ctvae compare dataset --methods slice2d,wavelet3d --minutes 30 --out comparison
     """
     from ctvae.compare import compare
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    typer.echo(compare(dataset, names, minutes, out, overrides=_overrides(settings, window), count=count, seed=seed))
+    page = compare(dataset, names, minutes, out, overrides=_overrides(settings, window), count=count, seed=seed)
+    typer.echo((page.parent / "table.md").read_text(encoding="utf-8"))
+    typer.echo(page)
 
 
 @app.command()

@@ -99,8 +99,8 @@ def _ranking(report: dict[str, Any]) -> str:
         )
     return (
         "<h2>Ranking</h2><p>The score says how far a folder is from real scans, in half-widths of the floors, averaged over "
-        "the families of measures (10 at most for each measure; 1 is the floor's edge), with its 95 % interval. Folders whose difference "
-        "may be chance are not told apart. A folder with copies comes last.</p>"
+        "the families of measures (10 at most for each measure; 1 is the floor's edge), with its 95 % interval. Folders whose "
+        "difference may be chance are not told apart. A folder with copies comes last.</p>"
         '<div class="scroll"><table><thead><tr><th>Rank</th><th>Folder</th><th class="number">Score</th><th>Not told from</th>'
         f"<th>Copies</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>{_side_by_side(report)}"
     )
