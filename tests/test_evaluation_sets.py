@@ -8,12 +8,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from monai.networks import nets
 from scipy.ndimage import gaussian_filter
 
 from ctvae import nifti
-from ctvae.evaluation import handedness, network, outliers, ranking, realism
+from ctvae.errors import InputError
+from ctvae.evaluation import handedness, medicalnet, network, outliers, ranking, realism
 from ctvae.evaluation.features import TEXTURE_NAMES
 from ctvae.evaluation.gallery import VIEWED_SIDE, packed
+from ctvae.evaluation.grid import body_mask
 from ctvae.volume import Volume, plain_affine
 
 
@@ -150,3 +154,33 @@ def test_volumes_for_the_viewer_are_the_scans_and_not_too_large(tmp_path):
     again, _ = nifti.read(file)
     assert max(again.hu.shape) <= VIEWED_SIDE
     assert again.spacing_mm == pytest.approx((2.0, 300 / VIEWED_SIDE, 3.0))
+
+
+@pytest.mark.parametrize(("name", "shortcut"), [("resnet10", "B"), ("resnet18", "A"), ("resnet50", "B")])
+def test_medicalnet_weights_are_read_as_they_are_published(name, shortcut, tmp_path):
+    """A checkpoint laid out like MedicalNet's gives the features of MONAI's own network."""
+    torch.manual_seed(0)
+    network = getattr(nets, name)(
+        spatial_dims=3, n_input_channels=1, feed_forward=False, shortcut_type=shortcut, bias_downsample=False
+    ).eval()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in network.state_dict().items()}}, tmp_path / "w.pth")
+    hu = gaussian_filter(np.random.default_rng(1).normal(size=(20, 24, 28)), 2) * 2000
+    found = medicalnet.load(tmp_path / "w.pth")
+    x, body = network_input(hu)
+    x = (x - x[body > 0].mean()) / (x[body > 0].std() + 1e-6)
+    with torch.inference_mode():
+        expected = network(x[None, None])[0].numpy()
+    np.testing.assert_allclose(found.features(hu, (5.0, 5.0, 5.0)), expected, rtol=1e-4, atol=1e-5)
+
+
+def network_input(hu: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.from_numpy(hu.clip(-1000, 1000) / 1000).float(), torch.from_numpy(body_mask(hu.astype(np.float32)))
+
+
+def test_a_file_that_is_no_medicalnet_is_refused_in_one_line(tmp_path):
+    (tmp_path / "text.pth").write_text("nothing")
+    torch.save({"state_dict": {"layer1.0.conv1.weight": torch.zeros(3)}}, tmp_path / "other.pth")
+    for name, message in (("none.pth", "no such file"), ("text.pth", "not a checkpoint"), ("other.pth", "not the weights")):
+        with pytest.raises(InputError, match=message) as caught:
+            medicalnet.load(tmp_path / name)
+        assert "\n" not in str(caught.value)

@@ -275,6 +275,9 @@ def evaluate(
         str | None, typer.Option(metavar="MODEL", help="Judge this model's reconstructions of the real scans as well.")
     ] = None,
     format: Annotated[Literal["html", "md"], typer.Option(help="md writes report.md as well, for a paper's appendix.")] = "html",
+    medicalnet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="MedicalNet weights (resnet_*.pth), for one more feature space.")
+    ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Keep what is measured of each scan here; reports on the same scans share it.")
     ] = None,
@@ -297,7 +300,8 @@ def evaluate(
         rebuild = load(model).reconstruct_volume
     with Progress("evaluate") as bar:
         evaluate(
-            real, synthetic, out, split=split, reconstruct=rebuild, seed=seed, format=format, cache=cache, progress=bar.report
+            real, synthetic, out, split=split, reconstruct=rebuild, seed=seed, format=format, medicalnet=medicalnet, cache=cache,
+            progress=bar.report,
         )  # fmt: skip
     typer.echo(out / ("report.md" if format == "md" else "index.html"))
 

@@ -8,6 +8,7 @@ grid            both sides on one grid; where the body is
 summary         what one scan leaves behind: a few thousand numbers
 features        two feature spaces by formula, texture and layout
 network         the third, learned from real CT without labels; its weights and their card lie beside it
+medicalnet      a fourth, for those who have the weights
 similarity      PSNR, SSIM, MS-SSIM of two volumes
 reconstruction  how much of a scan survives an autoencoder
 distances       Frechet and kernel distance, precision, recall, density, coverage, classifier two-sample test

@@ -12,6 +12,7 @@ from ctvae.errors import InputError
 from ctvae.evaluation import appendix, cohort, gallery, memorization, page, ranking, realism, reconstruction
 from ctvae.evaluation.anchors import Anchor, anchors
 from ctvae.evaluation.cohort import Cohort, Scan
+from ctvae.evaluation.medicalnet import load
 from ctvae.evaluation.outliers import stand_out
 from ctvae.evaluation.realism import Floors, Judged
 from ctvae.evaluation.sides import Measured, Progress, SyntheticSet, measure, synthetic_sets
@@ -35,6 +36,7 @@ def evaluate(
     reconstruct: Reconstruct | Mapping[str, Reconstruct] | None = None,
     seed: int = 0,
     format: Literal["html", "md"] = "html",
+    medicalnet: Path | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -43,12 +45,14 @@ def evaluate(
     `real` is a prepared dataset, or any folder of NIfTI (then nothing is known of splits). `synthetic` is a folder or
     several, which are then ranked. `split` is the real side of the comparison; the other splits give the floors.
     `reconstruct` encodes and decodes a volume: with it, held-out scans are reconstructed and compared; several are given by
-    name. Writes report.json, index.html (self-contained) and PNGs into `out`; with `format` "md" report.md as well.
+    name. `medicalnet`, a file of MedicalNet's weights, adds its feature space. Writes report.json, index.html
+    (self-contained) and PNGs into `out`; with `format` "md" report.md as well.
     Stopped, it goes on where it was; `cache` is a folder for what was measured of each scan, which several reports on the
     same real scans may share (otherwise it is kept in `out` until the report is done). Raises InputError for a missing
     or empty folder, a file that is no scan, or a patient on both sides.
     """
     real, out, tell = Path(real), Path(out), progress or (lambda done, total, what: None)
+    other = load(medicalnet) if medicalnet else None
     paths = [Path(synthetic)] if isinstance(synthetic, str | Path) else [Path(path) for path in synthetic]
     models = dict(reconstruct) if isinstance(reconstruct, Mapping) else {"the model": reconstruct} if reconstruct else {}
     if not paths:
@@ -57,7 +61,7 @@ def evaluate(
     sets, notes = synthetic_sets(paths, scans)
     dealt = cohort.deal(scans, split, seed)
     spoilt = list(anchors(dealt, next(iter(models.values())) if len(models) == 1 else None))
-    measured = measure(sets, dealt, spoilt, cache or out / ".partial", tell)
+    measured = measure(sets, dealt, spoilt, cache or out / ".partial", other, tell)
     judged = _judged(measured, seed, tell)
     again = {name: _reconstructed(dealt, model, tell) for name, model in models.items()}
     rebuilt = {name: _reconstruction(pairs, dealt.split, seed) for name, pairs in again.items()}

@@ -21,6 +21,7 @@ FAMILIES = {
     "texture": "Texture: what the voxels are like",
     "layout": "Layout: where they are",
     "learned": "Learned: a network trained on real CT",
+    "medicalnet": "MedicalNet: another network",
     "handedness": "Left and right",
     "diversity": "Diversity",
 }

@@ -33,7 +33,7 @@ INTERVAL = (0.025, 0.975)
 DIVERSITY_SCANS = 20
 HAND_PATIENTS = 20  # real patients to learn left and right from
 TIMES_REAL = "\N{MULTIPLICATION SIGN} real"
-SPACES = {"texture": "texture features", "layout": "layout features", "learned": "learned features"}
+SPACES = {"texture": "texture", "layout": "layout", "learned": "learned", "medicalnet": "MedicalNet"}
 Indices = NDArray[np.integer]
 Direction = Literal["lower", "higher", "target"]
 Array = NDArray[np.floating]
@@ -87,7 +87,9 @@ def measures(
     yield from _grain(scans)
     for space, name in SPACES.items():
         vectors = np.stack([np.atleast_2d(getattr(scan, space))[0] for scan in scans])
-        yield from _distribution(space, name, distances.standardise(vectors, vectors[real]), named, seed)
+        if vectors.shape[1] == 0:
+            continue  # the user has no weights of it
+        yield from _distribution(space, f"{name} features", distances.standardise(vectors, vectors[real]), named, seed)
     yield _handedness(scans, real, named, seed)
     yield from _diversity(scans, [*sets, real], seed)
 

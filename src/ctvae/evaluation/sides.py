@@ -13,6 +13,7 @@ from ctvae.evaluation import cohort, realism
 from ctvae.evaluation.anchors import Anchor
 from ctvae.evaluation.cohort import Cohort, Scan
 from ctvae.evaluation.grid import Grid
+from ctvae.evaluation.medicalnet import MedicalNet
 from ctvae.evaluation.summary import Summary, summarise
 
 Progress = Callable[[int, int, str], None]  # (done, total, what)
@@ -77,7 +78,9 @@ def synthetic_sets(paths: Sequence[Path], real: Sequence[Scan]) -> tuple[list[Sy
     return sets, notes
 
 
-def measure(sets: list[SyntheticSet], real: Cohort, anchors: list[Anchor], cache: Path, tell: Progress) -> Measured:
+def measure(
+    sets: list[SyntheticSet], real: Cohort, anchors: list[Anchor], cache: Path, medicalnet: MedicalNet | None, tell: Progress
+) -> Measured:
     """Read and measure every scan once; what `cache` holds already is taken from there."""
     synthetic = [scan for one in sets for scan in one.scans]
     everyone = [*real.reference, *real.others, *real.training, *real.held_out, *synthetic]
@@ -90,7 +93,7 @@ def measure(sets: list[SyntheticSet], real: Cohort, anchors: list[Anchor], cache
     summaries = {}
     for done, (name, scan) in enumerate(todo.items()):
         tell(done, len(todo), "measuring scans")
-        summaries[name] = summarise(scan.load(), grid, cache)
+        summaries[name] = summarise(scan.load(), grid, cache, medicalnet)
     tell(len(todo), len(todo), "measuring scans")
     known = [scan for scan in [*real.others, *real.held_out] if scan.split not in ("train", None)]
     known += real.reference  # copies of training scans are not refused but reported
