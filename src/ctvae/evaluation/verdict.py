@@ -6,6 +6,7 @@ from typing import Any
 
 MOST_NAMED = 3
 TOLD_APART_AUC = 0.9
+MOSTLY = 0.5  # of the measures, below which little can be said
 FEW = 30  # scans on a side, below which the floors are wide
 
 
@@ -28,7 +29,7 @@ def verdict(
         _reconstruction(reconstruction),
     ]
     return {
-        "headline": _headline(judged, outside, chance, memorization),
+        "headline": _headline(judged, outside, len(measures), chance, memorization),
         "sentences": [sentence for sentence in sentences if sentence],
         "measures_judged": len(judged),
         "measures_within_floor": len(judged) - len(outside),
@@ -54,7 +55,11 @@ def overall(sets: list[dict[str, Any]], ranked: list[dict[str, Any]]) -> dict[st
 
 
 def _headline(
-    judged: list[dict[str, Any]], outside: list[dict[str, Any]], chance: dict[str, Any] | None, memorization: dict[str, Any]
+    judged: list[dict[str, Any]],
+    outside: list[dict[str, Any]],
+    total: int,
+    chance: dict[str, Any] | None,
+    memorization: dict[str, Any],
 ) -> str:
     if memorization.get("verdict") == "copies":
         return "The synthetic scans contain copies of training scans."
@@ -63,6 +68,8 @@ def _headline(
     told = any(e["id"].startswith("classifier_") and e["value"] >= TOLD_APART_AUC for e in outside)
     if told or len(outside) > 0.4 * len(judged):
         return "The synthetic scans can be told from real ones."
+    if len(judged) < MOSTLY * total and len(outside) <= chance["most"]:
+        return "Too few scans for most measures; the others see no difference."
     if len(outside) <= chance["most"]:
         return "As far as these measures see, the synthetic scans look like real ones."
     return "The synthetic scans are close to real ones, with differences that can be measured."
