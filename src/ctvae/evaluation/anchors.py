@@ -17,9 +17,9 @@ from scipy.ndimage import gaussian_filter
 from ctvae.evaluation.cohort import Cohort, Scan
 from ctvae.volume import Volume
 
-MOST = 16  # scans of each anchor
+MOST = 16  # scans of each anchor; fewer where the synthetic set is smaller, so that both have the same floors
 MOST_RECONSTRUCTED = 8
-NOISE_HU = 30.0
+NOISE_HU = 60.0
 Spoil = Callable[[Volume], Volume]
 
 
@@ -33,16 +33,16 @@ class Anchor:
     moves: tuple[str, ...] = ()
 
 
-def anchors(real: Cohort, reconstruct: Spoil | None) -> Iterator[Anchor]:
-    """Untouched, blurred, noisy, mirrored and, with a model, reconstructed real scans."""
+def anchors(real: Cohort, size: int, reconstruct: Spoil | None) -> Iterator[Anchor]:
+    """Untouched, blurred, noisy, mirrored and, with a model, reconstructed real scans; `size` of each, as far as there are."""
     chosen = sorted(real.others, key=lambda scan: scan.split == "train")  # those that no model has seen come first
-    some = chosen[:MOST]
+    some = chosen[: min(size, MOST)]
     yield Anchor("other real", "real scans of other patients, untouched", _spoilt("other real", some, lambda v: v))
     yield Anchor("blurred", "the same, blurred by 1 voxel", _spoilt("blurred", some, blurred), ("power_spectrum",))
-    yield Anchor("noisy", "the same with noise of 30 HU", _spoilt("noisy", some, noisy), ("noise", "power_spectrum"))
+    yield Anchor("noisy", "the same with noise of 60 HU", _spoilt("noisy", some, noisy), ("noise", "power_spectrum"))
     yield Anchor("mirrored", "the same, left and right exchanged", _spoilt("mirrored", some, mirrored), ("handedness",))
     if reconstruct:
-        few = chosen[:MOST_RECONSTRUCTED]
+        few = some[:MOST_RECONSTRUCTED]
         yield Anchor("reconstructed", "real scans encoded and decoded by the model", _spoilt("reconstructed", few, reconstruct))
 
 

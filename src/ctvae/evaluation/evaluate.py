@@ -60,7 +60,7 @@ def evaluate(
     scans = cohort.real_scans(real)
     sets, notes = synthetic_sets(paths, scans)
     dealt = cohort.deal(scans, split, seed)
-    spoilt = list(anchors(dealt, next(iter(models.values())) if len(models) == 1 else None))
+    spoilt = list(anchors(dealt, len(sets[0].scans), next(iter(models.values())) if len(models) == 1 else None))
     measured = measure(sets, dealt, spoilt, cache or out / ".partial", other, tell)
     judged = _judged(measured, seed, tell)
     again = {name: _reconstructed(dealt, model, tell) for name, model in models.items()}

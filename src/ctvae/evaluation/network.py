@@ -8,6 +8,7 @@ Shapes:  B batch   D H W voxels of 5 mm   C channels   F = 64 features
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from importlib import resources
 from itertools import pairwise
@@ -74,6 +75,12 @@ def prepared(hu: NDArray[np.floating], spacing_mm: Triple) -> tuple[Tensor, Tens
     coarse = coarse[tuple(slice(max(0, (n - LARGEST) // 2), max(0, (n - LARGEST) // 2) + LARGEST) for n in coarse.shape)]
     body = body_mask(coarse).astype(np.float32)
     return torch.from_numpy(np.clip(coarse, -1000, 1000) / 1000), torch.from_numpy(body)
+
+
+@cache
+def weights_digest() -> str:
+    """The first digits of the weights' SHA-256: what was measured with others is measured again."""
+    return hashlib.sha256(resources.files("ctvae.evaluation").joinpath(WEIGHTS).read_bytes()).hexdigest()[:16]
 
 
 @cache

@@ -116,7 +116,7 @@ def judge(measure: Measure, sides: Sides, seed: int, floors: Floors | None = Non
         **head,
         "status": "ok",
         "value": value,
-        "interval": [float(q) for q in np.quantile(halves, INTERVAL)] if len(halves) else None,
+        "interval": _interval(value, halves) if len(halves) else None,
         "floor": {"median": float(middle), "low": float(low), "high": float(high), "splits": measure.repeats},
         "within_floor": bool(_within(measure.direction, value, low, high)),
         "floor_widths": float(widths(measure.direction, value, low, middle, high)),
@@ -128,7 +128,7 @@ def judge(measure: Measure, sides: Sides, seed: int, floors: Floors | None = Non
 def outside_by_chance(judged: Sequence[Judged]) -> dict[str, Any] | None:
     """How many of the measures leave their floors at once when real scans are compared with real ones.
 
-    Each measure's floor leaves 5 % of its own splits outside; how many it is together depends on how much they have in common.
+    Each measure's floor leaves 5 % of its own splits outside, or 2.5 % where only one side is worse; how many it is together depends on how much they have in common.
     """
     known = [one for one in judged if len(one.floor)]
     if not known:
@@ -171,6 +171,12 @@ def _halves(measure: Measure, synthetic: Indices, reference: Indices, value: flo
     some = [(_ranked(synthetic, seed, b)[: half[0]], _ranked(reference, seed, b)[: half[1]]) for b in draws]
     repeats = np.array([measure.of(a, b) for a, b in some])
     return np.clip(value + repeats - repeats.mean(), *measure.bounds)
+
+
+def _interval(value: float, halves: Array) -> list[float]:
+    """95 % of the centred halves; the value itself always lies within, however skew they are."""
+    low, high = np.quantile(halves, INTERVAL)
+    return [float(min(low, value)), float(max(high, value))]
 
 
 def _within_floor(entry: dict[str, Any], value: float) -> bool:

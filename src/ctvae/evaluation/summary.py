@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ctvae.evaluation.features import FULL_HU, SOFT_HU, layout, texture, tissue_fractions
 from ctvae.evaluation.grid import Grid, Triple, body_mask, middle_of
 from ctvae.evaluation.medicalnet import MedicalNet
-from ctvae.evaluation.network import learned
+from ctvae.evaluation.network import learned, weights_digest
 from ctvae.files import atomic
 from ctvae.volume import Volume
 
@@ -51,7 +51,8 @@ class Summary:
 def summarise(volume: Volume, grid: Grid, cache: Path | None = None, medicalnet: MedicalNet | None = None) -> Summary:
     """Measure one scan; with `cache`, a folder, keep the result there and take it from there next time."""
     name = digest(volume)
-    asked = f"{VERSION} {grid} {volume.spacing_mm} {name}{f' {medicalnet.digest}' if medicalnet else ''}"
+    networks = f"{weights_digest()} {medicalnet.digest if medicalnet else ''}"
+    asked = f"{VERSION} {grid} {volume.spacing_mm} {name} {networks}"
     key = hashlib.sha256(asked.encode()).hexdigest()[:24]
     kept = cache / f"{key}.npz" if cache else None
     if kept is not None and kept.exists():
