@@ -128,7 +128,8 @@ def judge(measure: Measure, sides: Sides, seed: int, floors: Floors | None = Non
 def outside_by_chance(judged: Sequence[Judged]) -> dict[str, Any] | None:
     """How many of the measures leave their floors at once when real scans are compared with real ones.
 
-    Each measure's floor leaves 5 % of its own splits outside, or 2.5 % where only one side is worse; how many it is together depends on how much they have in common.
+    Each measure's floor leaves 5 % of its own splits outside, or 2.5 % where only one side is worse; how many it is together
+    depends on how much the measures have in common.
     """
     known = [one for one in judged if len(one.floor)]
     if not known:
