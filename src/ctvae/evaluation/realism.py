@@ -291,10 +291,9 @@ def _handedness(scans: Sequence[Summary], real: Indices, patients: NDArray, seed
 
 def _diversity(scans: Sequence[Summary], sets: Sequence[Indices], seed: int) -> Iterator[Measure]:
     """Likeness of pairs of samples minus that of pairs of real scans, from at most DIVERSITY_SCANS of each."""
-    rng = np.random.default_rng([seed, 77])
     usable = np.zeros(len(scans), dtype=bool)
-    for side in sets:
-        usable[rng.choice(side, min(len(side), DIVERSITY_SCANS), replace=False)] = True
+    for side in sets:  # each side's choice does not depend on who else is there
+        usable[_ranked(side, seed, 4)[:DIVERSITY_SCANS]] = True
     small = {int(i): np.clip(scans[int(i)].cells, *FULL_HU).astype(np.float32) for i in np.flatnonzero(usable)}
     known: dict[tuple[int, int], float] = {}
 
