@@ -35,7 +35,7 @@ def comparison_section(folder: Path) -> str:
 def report_section(folder: Path) -> str:
     report = json.loads((folder / "report.json").read_text())
     lines = ["| Measure of generated scans | value | real against real |", "|---|---|---|"]
-    for measure in report["measures"]:
+    for measure in report["sets"][0]["measures"]:
         if measure["id"] in SHOWN and measure["status"] == "ok":
             floor = measure["floor"]
             value = f"{measure['value']:.2f} {measure['unit']}".strip()

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +56,11 @@ def volume(hu: Array) -> Volume:
 def judged(fault: Callable[[Array, int], Array], only: tuple[str, ...] = ()) -> dict[str, dict]:
     """The measures, or `only` some, of a synthetic side of other patients with `fault`, by id."""
     made = [summarise(volume(fault(patient(seed).astype(np.float32), i)), GRID) for i, seed in enumerate(MADE)]
-    scans = [*made, *REAL_SUMMARIES]
-    sides = realism.Sides(np.arange(12), np.arange(12, 28), np.arange(12, 52))
-    names = [f"s{i}" for i in range(12)] + [f"p{i}" for i in REAL]
-    todo = [m for m in realism.measures(scans, sides, names, seed=0) if not only or m.id in only]
-    return {measure.id: realism.judge(measure, sides, seed=0) for measure in todo}
+    scans = [*REAL_SUMMARIES, *made]
+    sides = realism.Sides(np.arange(40, 52), np.arange(16), np.arange(40))
+    names = [f"p{i}" for i in REAL] + [f"s{i}" for i in range(12)]
+    todo = [m for m in realism.measures(scans, sides.real, [sides.synthetic], names, seed=0) if not only or m.id in only]
+    return {measure.id: realism.judge(measure, sides, seed=0).entry for measure in todo}
 
 
 REAL_SUMMARIES = [summarise(volume(patient(seed)), GRID) for seed in REAL]
@@ -166,7 +167,7 @@ def test_the_report_is_what_was_written(report):
     returned, out = report
     written = json.loads((out / "report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert written == json.loads(json.dumps(returned))
-    assert (written["schema"], written["schema_version"]) == ("ctvae.report", 1)
+    assert (written["schema"], written["schema_version"]) == ("ctvae.report", 2)
     assert not (out / ".partial").exists()
     assert written["real"]["split"] == "test"
     assert written["real"]["patients"] == 26
@@ -175,7 +176,7 @@ def test_the_report_is_what_was_written(report):
 
 def test_every_measure_has_a_floor_or_says_what_it_needs(report):
     statuses = {}
-    for entry in report[0]["measures"]:
+    for entry in report[0]["sets"][0]["measures"]:
         statuses[entry["id"]] = entry["status"]
         if entry["status"] == "ok":
             assert entry["floor"]["low"] <= entry["floor"]["median"] <= entry["floor"]["high"]
@@ -188,7 +189,8 @@ def test_every_measure_has_a_floor_or_says_what_it_needs(report):
 
 
 def test_the_verdict_names_the_copy(report):
-    found = report[0]
+    found = report[0]["sets"][0]
+    assert report[0]["verdict"] == found["verdict"]
     assert found["memorization"]["copies"] == ["sample_8"]
     assert found["memorization"]["pairs"][0]["training"] == "g2"
     assert "copies of training scans" in found["verdict"]["headline"]
@@ -196,7 +198,7 @@ def test_the_verdict_names_the_copy(report):
 
 
 def test_reconstructions_are_of_held_out_scans(report):
-    section = report[0]["reconstruction"]
+    section = report[0]["reconstructions"]["the model"]
     assert set(section["by_scan"]) <= {f"g{i}" for i in range(18, 26)}
     assert section["windows"]["full"]["mae_hu"]["mean"] == pytest.approx(5, abs=0.1)
 
@@ -217,6 +219,9 @@ class Links(HTMLParser):
 
 def test_the_page_holds_everything_itself(report):
     page = (report[1] / "index.html").read_text(encoding="utf-8")
+    viewer = resources.files("ctvae.evaluation").joinpath("niivue.umd.js").read_text(encoding="utf-8")
+    assert viewer in page
+    page = page.replace(viewer, "")  # tests/test_browser.py sees that it asks for nothing
     links = Links()
     links.feed(page)
     assert len(links.targets) >= 3
@@ -224,7 +229,7 @@ def test_the_page_holds_everything_itself(report):
     assert not re.search(r"https?://|url\(|@import|fetch\(|XMLHttpRequest", page)
     text = " ".join(links.text)
     assert report[0]["verdict"]["headline"] in text
-    for entry in report[0]["measures"]:
+    for entry in report[0]["sets"][0]["measures"]:
         assert entry["title"] in text
         assert entry["meaning"] in text
     cases = json.loads(re.search(r"var cases = (\[.*?\]);", page)[1])
@@ -234,8 +239,8 @@ def test_the_page_holds_everything_itself(report):
 
 def test_the_same_seed_gives_the_same_report(sides, report, tmp_path):
     again = evaluate(*sides, tmp_path / "out")
-    assert again["measures"] == report[0]["measures"]
-    assert again["memorization"] == report[0]["memorization"]
+    assert again["sets"][0]["measures"] == report[0]["sets"][0]["measures"]
+    assert again["sets"][0]["memorization"] == report[0]["sets"][0]["memorization"]
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(sides, report, tmp_path):
@@ -257,13 +262,52 @@ def test_a_stopped_evaluation_goes_on_where_it_was(sides, report, tmp_path):
         evaluate(*sides, tmp_path, progress=check)
 
 
+def test_anchors_say_whether_the_measures_can_be_believed(report):
+    anchors = {anchor["name"]: anchor for anchor in report[0]["anchors"]}
+    assert list(anchors) == ["other real", "blurred", "noisy", "mirrored", "reconstructed"]
+    assert anchors["blurred"]["must_move"] == {"power_spectrum": True}
+    assert anchors["noisy"]["must_move"] == {"noise": True, "power_spectrum": True}
+    untouched = anchors["other real"]["measures"].values()
+    assert sum(measure["within_floor"] for measure in untouched) >= 0.75 * len(untouched)
+    assert anchors["mirrored"]["must_move"] == {"handedness": False}  # these patients have no left and right
+
+
+def test_several_folders_are_ranked_in_one_report(sides, tmp_path):
+    dataset, synthetic = sides
+    worse = {f"w{i}": gaussian_filter(patient(300 + i).astype(float), 1) for i in range(8)}
+    also = write_side(tmp_path / "also", {f"a{i}": patient(320 + i) for i in range(8)})
+    folders = [write_side(tmp_path / "blurred", worse), synthetic, also]
+    found = evaluate(dataset, folders, tmp_path / "out", format="md")
+    ranked = {row["name"]: row for row in found["ranking"]}
+    assert [row["rank"] for row in found["ranking"]] == [1, 2, 3]
+    assert found["ranking"][0]["name"] == "also"
+    assert ranked["also"]["score"] < ranked["blurred"]["score"]
+    assert ranked["also"]["interval"][1] < ranked["blurred"]["interval"][0]
+    assert found["ranking"][2]["name"] == "synthetic"  # as good as the first, but it holds a copy
+    assert ranked["synthetic"]["copies"] == 1
+    assert "blurred" not in ranked["also"]["not_told_from"]
+    assert "synthetic" in ranked["also"]["not_told_from"]
+    page, text = (out.read_text(encoding="utf-8") for out in (tmp_path / "out" / "index.html", tmp_path / "out" / "report.md"))
+    for name in ranked:
+        assert f"<summary>{name}: " in page
+        assert f"## Measures: {name}" in text
+    for entry in found["sets"][0]["measures"]:
+        assert f"| {entry['title']} |" in text
+
+
+def test_a_folder_named_twice_is_refused(sides, tmp_path):
+    dataset, synthetic = sides
+    with pytest.raises(InputError, match="named twice"):
+        evaluate(dataset, [synthetic, synthetic / ".." / synthetic.name], tmp_path)
+
+
 def test_a_plain_folder_of_real_scans_will_do_and_few_scans_are_said_so(tmp_path):
     real = write_side(tmp_path / "real", {f"r{i}": patient(i) for i in range(4)})
     made = write_side(tmp_path / "made", {"r0": patient(50)})  # called like a real scan: a coincidence
     found = evaluate(real, made, tmp_path / "out")
-    assert {entry["status"] for entry in found["measures"]} == {"not enough"}
+    assert {entry["status"] for entry in found["sets"][0]["measures"]} == {"not enough"}
     assert found["verdict"]["headline"] == "Too few scans to say anything."
-    assert found["memorization"]["status"] == "not enough"
+    assert found["sets"][0]["memorization"]["status"] == "not enough"
 
 
 def deal(splits: dict[str, int], split: str) -> cohort.Cohort:
@@ -308,9 +352,10 @@ def test_a_patient_on_both_sides_is_refused(sides, tmp_path):
     (named / "a.json").write_text(json.dumps({"made_by": "vary", "source_sha256": source}))
     with pytest.raises(InputError, match=r"a\.json: made from real scan g5"):
         evaluate(dataset, named, tmp_path / "out")
-    same = write_side(tmp_path / "same", {"b": patient(20)})
-    with pytest.raises(InputError, match="b: voxel for voxel the real scan g20"):
-        evaluate(dataset, same, tmp_path / "out")
+    for seed in (20, 15):  # of the reference, and of the validation patients among the others
+        same = write_side(tmp_path / f"same{seed}", {"b": patient(seed)})
+        with pytest.raises(InputError, match=f"b: voxel for voxel the real scan g{seed}"):
+            evaluate(dataset, same, tmp_path / "out")
 
 
 def test_mistakes_are_one_line(sides, tmp_path):

@@ -270,11 +270,17 @@ def interpolate(
 @app.command()
 def evaluate(
     real: Annotated[Path, typer.Option("--real", metavar="DATASET", help="Dataset to compare with.")],
-    synthetic: Annotated[Path, typer.Option("--synthetic", metavar="DIR", help="Folder of synthetic scans.")],
+    synthetic: Annotated[
+        list[Path], typer.Option("--synthetic", metavar="DIR", help="Folder of synthetic scans; repeatable, then ranked.")
+    ],
     out: Out,
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Which real patients.")] = "test",
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Judge this model's reconstructions of the real scans as well.")
+    ] = None,
+    format: Annotated[Literal["html", "md"], typer.Option(help="md writes report.md as well, for a paper's appendix.")] = "html",
+    medicalnet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="MedicalNet weights (resnet_*.pth), for one more feature space.")
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Keep what is measured of each scan here; reports on the same scans share it.")
@@ -283,7 +289,8 @@ def evaluate(
 ) -> None:
     """Judge synthetic scans against real ones.
 
-    Writes report.json and index.html, one self-contained page with pictures.
+    Writes report.json and index.html, one self-contained page with pictures, a viewer and a quiz. Several folders of synthetic
+    scans are judged in one report and ranked.
 
     Example: ctvae evaluate --real dataset --synthetic synthetic --model run --out report
     """
@@ -297,9 +304,10 @@ def evaluate(
         rebuild = load(model).reconstruct_volume
     with Progress("evaluate") as bar:
         evaluate(
-            real, synthetic, out, split=split, reconstruct=rebuild, seed=seed, cache=cache, progress=bar.report
+            real, synthetic, out, split=split, reconstruct=rebuild, seed=seed, format=format, medicalnet=medicalnet, cache=cache,
+            progress=bar.report,
         )  # fmt: skip
-    typer.echo(out / "index.html")
+    typer.echo(out / ("report.md" if format == "md" else "index.html"))
 
 
 @app.command()
@@ -315,14 +323,16 @@ def compare(
 ) -> None:
     """Train several methods alike and compare them.
 
-    The same time on the same patients for each; one table, one picture.
+    The same time on the same patients for each; two priors of every method, ranked in one report; one table, one picture.
 
     Example: ctvae compare dataset --methods slice2d,wavelet3d --minutes 30 --out comparison
     """
     from ctvae.compare import compare
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    typer.echo(compare(dataset, names, minutes, out, overrides=_overrides(settings, window), count=count, seed=seed))
+    page = compare(dataset, names, minutes, out, overrides=_overrides(settings, window), count=count, seed=seed)
+    typer.echo((page.parent / "table.md").read_text(encoding="utf-8"))
+    typer.echo(page)
 
 
 @app.command()

@@ -2,8 +2,8 @@
 
     OUT/runs/<method>/                 the run folder
     OUT/synthetic/<method>-<prior>/    its samples
-    OUT/reports/<method>-<prior>/      their report
-    OUT/measured/                      what was measured of each scan, shared by the reports
+    OUT/report/                        one report on all of them, ranked
+    OUT/measured/                      what was measured of each scan
     OUT/compare.json, table.md, compare.png, index.html
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +33,7 @@ COLUMNS = {  # of the table: heading, measure, decimals
     "HU histogram": ("hu_histogram", 0),
     "Slice change": ("slice_continuity", 2),
 }
-
-
-@dataclass(frozen=True)
-class Result:
-    """One method's figures and pictures."""
-
-    method: str
-    parameters: int
-    steps: int
-    seconds: int
-    reconstruction: dict[str, Any]
-    reports: dict[str, dict[str, Any]]  # by prior
-    columns: list[tuple[str, Volume]]
+HEADS = ["Method", "Parameters", "PSNR dB", "SSIM", "Body error HU", *COLUMNS, "Score", "Rank"]
 
 
 def compare(
@@ -59,7 +46,7 @@ def compare(
     count: int = 8,
     seed: int = 0,
 ) -> Path:
-    """Train each of `methods` for `minutes` (both stages together), sample two priors, judge all on held-out patients.
+    """Train each of `methods` for `minutes` (both stages together), sample two priors, judge and rank all in one report.
 
     Returns the page OUT/index.html. Called again it goes on where it stopped; finished runs are kept. Raises ConfigError
     for an unknown method before anything is trained.
@@ -70,44 +57,29 @@ def compare(
     for name in names:
         load_recipe(name, overrides)
     data, folder = Dataset.open(Path(dataset)), Path(out)
-    results = []
     for name in names:
         train(dataset, folder / "runs" / name, method=name, overrides=overrides, minutes=minutes)
-        results.append(_judge(name, data, folder, count, seed))
-    _write(results, data, folder, minutes)
+        for prior in PRIORS:
+            generate(folder / "runs" / name, _samples(folder, name, prior), count=count, seed=seed, prior=prior)
+    models = {name: load(folder / "runs" / name) for name in names}
+    report = _judged(models, data, folder, seed)
+    rows = [_row(name, models[name], folder, report) for name in names]
+    _write(rows, [(name, _columns(name, models[name], data, folder, seed)) for name in names], data, folder, minutes)
     return folder / "index.html"
 
 
-def _judge(name: str, data: Dataset, folder: Path, count: int, seed: int) -> Result:
-    run = folder / "runs" / name
-    model = load(run)
-    reports = {prior: _report(run, model, data, prior, (folder, count, seed)) for prior in PRIORS}
-    state = json.loads((run / "run.json").read_text())["stages"]
-    return Result(
-        method=name,
-        parameters=sum(p.numel() for p in model.network.parameters()),
-        steps=state["autoencoder"]["steps"],
-        seconds=state["autoencoder"]["seconds"],
-        reconstruction=reports["flow"]["reconstruction"],
-        reports=reports,
-        columns=_columns(name, model, data, folder, seed),
-    )
+def _samples(folder: Path, method: str, prior: str) -> Path:
+    return folder / "synthetic" / f"{method}-{prior}"
 
 
-def _report(run: Path, model: Model, data: Dataset, prior: str, where: tuple[Path, int, int]) -> dict[str, Any]:
-    """The samples of one prior, generated and judged; a report that is there already is read instead."""
-    folder, count, seed = where
-    name = f"{run.name}-{prior}"
-    report = folder / "reports" / name / "report.json"
-    if not report.exists():
-        generate(run, folder / "synthetic" / name, count=count, seed=seed, prior=prior)
-        with Progress(f"judge {name}") as bar:
-            evaluate(
-                data.folder, folder / "synthetic" / name, report.parent,
-                reconstruct=model.reconstruct_volume if prior == "flow" else None, seed=seed,
-                cache=folder / "measured", progress=bar.report,
-            )  # fmt: skip
-    return json.loads(report.read_text())
+def _judged(models: dict[str, Model], data: Dataset, folder: Path, seed: int) -> dict[str, Any]:
+    """One report on all methods and priors."""
+    with Progress("judge") as bar:
+        return evaluate(
+            data.folder, [_samples(folder, name, prior) for name in models for prior in PRIORS], folder / "report",
+            reconstruct={name: model.reconstruct_volume for name, model in models.items()}, seed=seed, format="md",
+            cache=folder / "measured", progress=bar.report,
+        )  # fmt: skip
 
 
 def _columns(name: str, model: Model, data: Dataset, folder: Path, seed: int) -> list[tuple[str, Volume]]:
@@ -123,49 +95,60 @@ def _columns(name: str, model: Model, data: Dataset, folder: Path, seed: int) ->
     return columns
 
 
-def _write(results: list[Result], data: Dataset, folder: Path, minutes: float) -> None:
-    rows = [_row(result) for result in results]
+def _write(
+    rows: list[dict[str, Any]], columns: list[tuple[str, list[tuple[str, Volume]]]], data: Dataset, folder: Path, minutes: float
+) -> None:
     files.write_json(folder / "compare.json", {"minutes": minutes, "dataset": data.fingerprint, "methods": rows})
-    table = markdown(rows)
-    files.write_text(folder / "table.md", table)
+    files.write_text(folder / "table.md", markdown(rows))
     picture = folder / "compare.png"
-    pictures.bands([(result.method, result.columns) for result in results], picture, WINDOW_PRESETS_HU["full"])
+    pictures.bands(columns, picture, WINDOW_PRESETS_HU["full"])
     files.write_text(folder / "index.html", _page(rows, picture, minutes))
 
 
-def _row(result: Result) -> dict[str, Any]:
-    full = result.reconstruction["windows"]["full"]
-    generated = {prior: {key: _figure(report, key) for key, _ in COLUMNS.values()} for prior, report in result.reports.items()}
+def _row(name: str, model: Model, folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+    stage = json.loads((folder / "runs" / name / "run.json").read_text())["stages"]["autoencoder"]
+    full = report["reconstructions"][name]["windows"]["full"]
+    sets = {entry["name"]: entry for entry in report["sets"]}
+    places = {entry["name"]: entry for entry in report["ranking"]}
     return {
-        "method": result.method,
-        "parameters": result.parameters,
-        "autoencoder_steps": result.steps,
-        "autoencoder_seconds": result.seconds,
+        "method": name,
+        "parameters": sum(p.numel() for p in model.network.parameters()),
+        "autoencoder_steps": stage["steps"],
+        "autoencoder_seconds": stage["seconds"],
         "psnr_db": full["psnr_db"]["mean"],
         "ssim": full["ssim"].get("mean"),
         "mae_body_hu": full["mae_body_hu"]["mean"],
-        "generated": generated,
-        "headlines": {prior: report["verdict"]["headline"] for prior, report in result.reports.items()},
+        "generated": {p: {key: _figure(sets[f"{name}-{p}"], key) for key, _ in COLUMNS.values()} for p in PRIORS},
+        "ranked": {p: places[f"{name}-{p}"] for p in PRIORS},
+        "headlines": {p: sets[f"{name}-{p}"]["verdict"]["headline"] for p in PRIORS},
     }
 
 
-def _figure(report: dict[str, Any], measure: str) -> dict[str, Any] | None:
-    entry = next((m for m in report["measures"] if m["id"] == measure and m["status"] == "ok"), None)
+def _figure(judged: dict[str, Any], measure: str) -> dict[str, Any] | None:
+    entry = next((m for m in judged["measures"] if m["id"] == measure and m["status"] == "ok"), None)
     return entry and {"value": entry["value"], "floor": [entry["floor"]["low"], entry["floor"]["high"]]}
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table: reconstruction of held-out scans, then each measure of generated scans as `normal / flow`."""
-    heads = ["Method", "Parameters", "PSNR dB", "SSIM", "Body error HU", *COLUMNS]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
     for row in rows:
         ssim = "" if row["ssim"] is None else f"{row['ssim']:.3f}"
         cells = [row["method"], f"{row['parameters'] / 1e6:.1f} M", f"{row['psnr_db']:.1f}", ssim, f"{row['mae_body_hu']:.0f}"]
         cells += [_both(row["generated"], key, decimals) for key, decimals in COLUMNS.values()]
+        cells += [" / ".join(_score(row["ranked"][prior]) for prior in PRIORS)]
+        cells += [" / ".join(str(row["ranked"][prior]["rank"] or "too few") for prior in PRIORS)]
         lines.append(f"| {' | '.join(cells)} |")
     floors = [_floor(rows, key, decimals) for key, decimals in COLUMNS.values()]
-    lines.append(f"| {' | '.join(['real against real', '', '', '', '', *floors])} |")
+    lines.append(f"| {' | '.join(['real against real', '', '', '', '', *floors, '', ''])} |")
     return "\n".join(lines) + "\n"
+
+
+def _score(ranked: dict[str, Any]) -> str:
+    if ranked["score"] is None:
+        return "too few"
+    low, high = ranked["interval"]
+    return f"{ranked['score']:.1f} ({low:.1f} to {high:.1f})"
 
 
 def _both(generated: dict[str, Any], key: str, decimals: int) -> str:
@@ -181,11 +164,10 @@ def _floor(rows: Sequence[dict[str, Any]], key: str, decimals: int) -> str:
 def _page(rows: Sequence[dict[str, Any]], picture: Path, minutes: float) -> str:
     """A self-contained page: the table, the picture, and links to each report."""
     _, _, *body = markdown(rows).splitlines()
-    heads = ["Method", "Parameters", "PSNR dB", "SSIM", "Body error HU", *COLUMNS]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in body]
     table = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>\n" for row in cells)
-    links = "".join(
-        f'<li><a href="reports/{row["method"]}-{prior}/index.html">{row["method"]}, {prior}</a>: {html.escape(text)}</li>\n'
+    said = "".join(
+        f"<li>{html.escape(row['method'])}, {prior}: {html.escape(text)}</li>\n"
         for row in rows
         for prior, text in row["headlines"].items()
     )
@@ -199,10 +181,12 @@ img {{ width: 100%; background: #000; border-radius: 6px; }}
 <h1>{len(rows)} methods, {minutes:g} minutes of training each</h1>
 <p>Reconstruction (PSNR, SSIM, error) is of held-out scans, -1000 to 1000 HU. Generated scans are judged against held-out
 patients; each cell gives latents drawn from N(0, I) / from the learned flow. The last row is what real scans of other
-patients get.</p>
-<table><tr>{"".join(f"<th>{html.escape(head)}</th>" for head in heads)}</tr>
+patients get. The score is how far samples are from real scans in half-widths of the floors, with its 95 % interval; ranks are
+over all methods and priors.</p>
+<table><tr>{"".join(f"<th>{html.escape(head)}</th>" for head in HEADS)}</tr>
 {table}</table>
 <img src="{pictures.data_uri(picture)}" alt="A held-out scan, its reconstruction and generated scans, a band for each method">
-<h2>Reports</h2><ul>{links}</ul>
+<h2>In words</h2><ul>{said}</ul>
+<p>Every measure with its floor, interval and pictures is in <a href="report/index.html">the report</a>.</p>
 </body></html>
 """

@@ -93,8 +93,7 @@ def refuse_made_from(path: Path, real: Sequence[Scan]) -> None:
 
 
 def refuse_same_scans(synthetic: Sequence[Scan], digests: dict[str, str]) -> None:
-    """Raise InputError when a synthetic scan is voxel for voxel one of the reference; `digests` gives its name by
-    digest."""
+    """Raise InputError when a synthetic scan is voxel for voxel a real one; `digests` gives the real one's name."""
     for scan in synthetic:
         if scan.digest in digests:
             raise InputError(

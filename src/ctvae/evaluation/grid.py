@@ -53,11 +53,16 @@ class Grid:
 
     def at_common_spacing(self, hu: Array, spacing_mm: Triple) -> NDArray[np.float32]:
         """The whole scan at `self.spacing_mm`, its last partial cell dropped."""
-        x = hu.astype(np.float32)
-        for axis in range(3):
-            ratio = self.spacing_mm[2 - axis] / spacing_mm[2 - axis]
-            x = _integrate(x, axis, ratio * np.arange(int(x.shape[axis] / ratio) + 1))
-        return x
+        return resampled(hu, spacing_mm, self.spacing_mm)
+
+
+def resampled(hu: Array, spacing_mm: Triple, to_mm: Triple) -> NDArray[np.float32]:
+    """The whole scan [D H W] at another spacing (x y z), its last partial cell dropped."""
+    x = hu.astype(np.float32)
+    for axis in range(3):
+        ratio = to_mm[2 - axis] / spacing_mm[2 - axis]
+        x = _integrate(x, axis, ratio * np.arange(max(int(x.shape[axis] / ratio), 1) + 1))
+    return x
 
 
 def body_mask(hu: Array) -> NDArray[np.bool_]:

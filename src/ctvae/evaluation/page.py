@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
 from string import Template
@@ -13,15 +12,19 @@ from typing import Any
 import numpy as np
 
 from ctvae.evaluation import charts
+from ctvae.evaluation.gallery import Gallery
 from ctvae.evaluation.verdict import floor_text, number, unit
 
-SECTIONS = (
-    ("Intensities", ("hu_histogram", "tissue_")),
-    ("Grain and continuity", ("slice_continuity", "power_spectrum", "noise")),
-    ("Texture: what the voxels are like", ("_texture",)),
-    ("Layout: where they are", ("_layout",)),
-    ("Diversity", ("diversity",)),
-)
+FAMILIES = {
+    "intensities": "Intensities",
+    "grain": "Grain and continuity",
+    "texture": "Texture: what the voxels are like",
+    "layout": "Layout: where they are",
+    "learned": "Learned: a network trained on real CT",
+    "medicalnet": "MedicalNet: another network",
+    "handedness": "Left and right",
+    "diversity": "Diversity",
+}
 WINDOW_NAMES = {"full": "-1000 to 1000 HU", "soft": "-160 to 240 HU"}
 FIGURES = {
     "psnr_db": ("PSNR", "dB"),
@@ -37,37 +40,127 @@ FIGURES = {
 }
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """data: URIs of the page's pictures, with captions."""
-
-    beside: list[tuple[str, str]] = field(default_factory=list)
-    reconstructions: list[tuple[str, str]] = field(default_factory=list)
-    pairs: list[tuple[str, str]] = field(default_factory=list)
-    quiz: list[tuple[str, bool]] = field(default_factory=list)  # picture, whether it is synthetic
-
-
-def render(report: dict[str, Any], curves: dict[str, Any], pictures: Pictures) -> str:
-    """The whole page from report.json's content, the curves to plot and the pictures."""
-    verdict = report["verdict"]
-    template = Template(resources.files("ctvae.evaluation").joinpath("page.html").read_text(encoding="utf-8"))
-    real, synthetic = report["real"], report["synthetic"]
-    return template.substitute(
-        title=escape(synthetic["name"]),
+def render(report: dict[str, Any], gallery: Gallery, shown: str) -> str:
+    """The whole page from report.json's content and what is shown; `shown` names the set of pictures, viewer and quiz."""
+    verdict, real, sets = report["verdict"], report["real"], report["sets"]
+    scans = sum(one["scans"] for one in sets)
+    names = sets[0]["name"] if len(sets) == 1 else f"{len(sets)} folders"
+    several = len(sets) > 1
+    return Template(_file("page.html")).substitute(
+        title=escape(names),
         kicker=escape(
-            f"{synthetic['scans']} synthetic scans ({synthetic['name']}) against {real['patients']} real patients "
-            f"({real['name']}), {report['created'][:10]}"
+            f"{scans} synthetic scans ({names}) against {real['patients']} real patients ({real['name']}), "
+            f"{report['created'][:10]}"
         ),
         headline=escape(verdict["headline"]),
         sentences="\n".join(f"<li>{escape(sentence)}</li>" for sentence in verdict["sentences"]),
-        pictures=_figures(pictures.beside),
-        rows="\n".join(_rows(report["measures"])),
-        charts=_charts(curves),
-        reconstruction=_reconstruction(report["reconstruction"], pictures.reconstructions),
-        memorization=_memorization(report["memorization"], pictures.pairs),
+        ranking=_ranking(report) if several else "",
+        shown=f"<p>Pictures, viewer and quiz show {escape(shown)}.</p>" if several else "",
+        pictures=_figures(gallery.beside),
+        sets="\n".join(_set(one, gallery, several) for one in sets),
+        anchors=_anchors(report["anchors"]),
+        reconstruction=_reconstructions(report["reconstructions"], gallery.reconstructions),
         notes="\n".join(f"<li>{escape(note)}</li>" for note in report["notes"]),
-        quiz=_quiz(pictures.quiz),
+        quiz=_quiz(gallery.quiz),
+        niivue=_file("niivue.umd.js").replace("</script", "<\\/script"),
+        volumes=json.dumps([{"name": v.name, "synthetic": v.synthetic, "content": v.content} for v in gallery.viewed]),
     )
+
+
+def _file(name: str) -> str:
+    return resources.files("ctvae.evaluation").joinpath(name).read_text(encoding="utf-8")
+
+
+def _set(one: dict[str, Any], gallery: Gallery, several: bool) -> str:
+    """Measures, curves, odd scans and copies of one synthetic set."""
+    body = (
+        '<div class="scroll"><table><thead><tr><th>Measure</th><th class="number">Synthetic</th>'
+        '<th class="number">Real against real</th><th></th><th></th></tr></thead><tbody>'
+        f"{' '.join(_rows(one['measures']))}</tbody></table></div>"
+        f'<div class="charts">{_charts(one["curves"])}</div>'
+        f"{_outliers(one['outliers'])}{_memorization(one['memorization'], gallery.pairs.get(one['name'], []))}"
+    )
+    if not several:
+        return body
+    said = "".join(f"<li>{escape(sentence)}</li>" for sentence in one["verdict"]["sentences"])
+    return (
+        f"<details><summary>{escape(one['name'])}: {escape(one['verdict']['headline'])}</summary><ul>{said}</ul>{body}</details>"
+    )
+
+
+def _ranking(report: dict[str, Any]) -> str:
+    """The folders, nearest to real first, and every measure of each beside the floor."""
+    rows = []
+    for row in report["ranking"]:
+        low, high = row["interval"] or (0.0, 0.0)
+        score = f"{number(row['score'])}<small>{number(low)} to {number(high)}</small>" if row["interval"] else "too few scans"
+        rows.append(
+            f'<tr><td>{row["rank"] or ""}</td><td>{escape(row["name"])}</td><td class="number">{score}</td>'
+            f"<td>{escape(', '.join(row['not_told_from'])) or 'none'}</td><td>{row.get('copies') or 'none found'}</td></tr>"
+        )
+    return (
+        "<h2>Ranking</h2><p>The score says how far a folder is from real scans, in half-widths of the floors, averaged over "
+        "the families of measures (10 at most for each measure; 1 is the floor's edge), with its 95 % interval. Folders whose "
+        "difference may be chance are not told apart. A folder with copies comes last.</p>"
+        '<div class="scroll"><table><thead><tr><th>Rank</th><th>Folder</th><th class="number">Score</th><th>Not told from</th>'
+        f"<th>Copies</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>{_side_by_side(report)}"
+    )
+
+
+def _side_by_side(report: dict[str, Any]) -> str:
+    order = [row["name"] for row in report["ranking"]]
+    by_set = {one["name"]: {entry["id"]: entry for entry in one["measures"]} for one in report["sets"]}
+    rows = []
+    for name, first in by_set[order[0]].items():
+        cells = "".join(_cell(by_set[one][name]) for one in order)
+        floor = floor_text(first) if first["status"] == "ok" else ""
+        rows.append(f'<tr><td>{escape(first["title"])}</td>{cells}<td class="number">{floor}</td></tr>')
+    heads = "".join(f'<th class="number">{escape(name)}</th>' for name in order)
+    return (
+        f'<div class="scroll"><table class="compact"><thead><tr><th>Measure</th>{heads}<th class="number">Real against real</th>'
+        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _cell(entry: dict[str, Any] | None) -> str:
+    if entry is None or entry.get("status", "ok") != "ok":
+        return '<td class="number soft">too few</td>'
+    return f'<td class="number {"within" if entry["within_floor"] else "outside"}">{number(entry["value"])}</td>'
+
+
+def _anchors(anchors: Sequence[dict[str, Any]]) -> str:
+    """Real scans spoilt in known ways: does each measure move?"""
+    known = {name: None for anchor in anchors for name in anchor["measures"]}
+    if not known:
+        return ""
+    said = []
+    for anchor in anchors:
+        words = [f"{name.replace('_', ' ')} {'does' if yes else 'does NOT'}" for name, yes in anchor["must_move"].items()]
+        must = f" Must leave its floor: {', '.join(words)}." if words else ""
+        said.append(
+            f"<li><strong>{escape(anchor['name'])}</strong>, {anchor['scans']} scans: {escape(anchor['meaning'])}.{must}</li>"
+        )
+    heads = "".join(f'<th class="number">{escape(anchor["name"])}</th>' for anchor in anchors)
+    rows = "".join(
+        f"<tr><td>{escape(name.replace('_', ' '))}</td>{''.join(_cell(anchor['measures'].get(name)) for anchor in anchors)}</tr>"
+        for name in known
+    )
+    return (
+        "<h2>Anchors: can the measures be believed?</h2><p>Real scans of patients outside the reference, judged as if they were "
+        "synthetic: untouched, and spoilt in known ways. Red is outside the floor of real scans. A measure that stays within "
+        "its floor for a spoilt set cannot see that fault at this number of scans.</p>"
+        f'<ul>{"".join(said)}</ul><div class="scroll"><table class="compact"><thead><tr><th>Measure</th>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _outliers(section: dict[str, Any]) -> str:
+    if section["status"] != "ok":
+        return ""
+    traits = "".join(f"<p>Most of the folder: {escape(trait)}.</p>" for trait in section["traits"])
+    rows = "".join(f"<li>{escape(odd['name'])}: {escape('; '.join(odd['why']))}</li>" for odd in section["scans"])
+    found = f"<ul>{rows}</ul>" if rows else "<p>No single scan has a voxel size or a body that no real scan comes near.</p>"
+    return f"<h2>Scans that stand out</h2>{traits}{found}"
 
 
 def _figures(pictures: Sequence[tuple[str, str]]) -> str:
@@ -79,16 +172,12 @@ def _figures(pictures: Sequence[tuple[str, str]]) -> str:
 
 def _rows(measures: Sequence[dict[str, Any]]) -> list[str]:
     rows = []
-    for title, keys in SECTIONS:
-        entries = [entry for entry in measures if any(_belongs(entry["id"], key) for key in keys)]
+    for family, title in FAMILIES.items():
+        entries = [entry for entry in measures if entry["family"] == family]
         if entries:
             rows.append(f'<tr class="section"><td colspan="5">{escape(title)}</td></tr>')
         rows += [_row(entry) for entry in entries]
     return rows
-
-
-def _belongs(name: str, key: str) -> bool:
-    return name.endswith(key) if key.startswith("_") else name.startswith(key)
 
 
 def _row(entry: dict[str, Any]) -> str:
@@ -130,22 +219,24 @@ def _charts(curves: dict[str, Any]) -> str:
     return "\n".join(figures)
 
 
-def _reconstruction(section: dict[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
-    if section["status"] != "ok":
+def _reconstructions(sections: dict[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
+    if not sections:
         return ""
+    return "<h2>Reconstruction</h2>" + "".join(_reconstruction(*item) for item in sections.items()) + _figures(pictures)
+
+
+def _reconstruction(name: str, section: dict[str, Any]) -> str:
     rows = []
     for key, (title, of) in FIGURES.items():
         cells = "".join(f'<td class="number">{_figure(section["windows"][window].get(key), of)}</td>' for window in WINDOW_NAMES)
         rows.append(f"<tr><td>{escape(title)}</td>{cells}</tr>")
-    heads = "".join(f'<th class="number">{escape(name)}</th>' for name in WINDOW_NAMES.values())
+    heads = "".join(f'<th class="number">{escape(window)}</th>' for window in WINDOW_NAMES.values())
     return (
-        f"<h2>Reconstruction</h2><p>{section['scans']} real scans of the {escape(section['split'])} split, "
-        "encoded and decoded by the model. "
-        "Both sides are clipped to the window; the data range of PSNR and SSIM is its width. Intervals are "
-        "over patients. "
+        f"<p>{section['scans']} real scans of the {escape(section['split'])} split, encoded and decoded by {escape(name)}. "
+        "Both sides are clipped to the window; the data range of PSNR and SSIM is its width. Intervals are over patients. "
         f"MS-SSIM uses {section['ms_ssim_scales']} scales, as many as fit.</p>"
         f'<div class="scroll"><table><thead><tr><th>Figure</th>{heads}</tr></thead><tbody>'
-        f"{''.join(rows)}</tbody></table></div>" + _figures(pictures)
+        f"{''.join(rows)}</tbody></table></div>"
     )
 
 

@@ -6,19 +6,22 @@ the real patients into two disjoint sets of the same two sizes. Sizes matter: mo
 grow, so a value says little without the floor at its own size. The interval repeats the measure on random halves of
 both sets (balanced half-sampling, McCarthy 1969: the bootstrap's variance, without the duplicated scans that upset
 nearest-neighbour measures), centred on the value.
+
+Measures of the same scans move together. So split b of the real patients, and half b of each side, is the same for every
+measure: then one can count how many measures leave their floor at once when real scans are compared with real ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import wasserstein_distance
 
-from ctvae.evaluation import distances
+from ctvae.evaluation import distances, handedness
 from ctvae.evaluation.features import FULL_HU, TISSUE_HU
 from ctvae.evaluation.similarity import levels, ms_ssim
 from ctvae.evaluation.summary import HISTOGRAM_EDGES_HU, Summary
@@ -28,7 +31,9 @@ HALVES = 100
 CLASSIFIER_SPLITS = 40
 INTERVAL = (0.025, 0.975)
 DIVERSITY_SCANS = 20
+HAND_PATIENTS = 20  # real patients to learn left and right from
 TIMES_REAL = "\N{MULTIPLICATION SIGN} real"
+SPACES = {"texture": "texture", "layout": "layout", "learned": "learned", "medicalnet": "MedicalNet"}
 Indices = NDArray[np.integer]
 Direction = Literal["lower", "higher", "target"]
 Array = NDArray[np.floating]
@@ -44,6 +49,7 @@ class Measure:
     direction: Direction  # which side of the floor is worse; "target": both are
     need: int  # scans on each side
     meaning: str
+    family: str  # measures of one family see the same things
     of: Callable[[Indices, Indices], float]
     repeats: int = SPLITS
     all_real: bool = False  # against every real patient that the floor can spare, not only the held-out reference
@@ -60,77 +66,126 @@ class Sides:
     real: Indices
 
 
-def measures(scans: Sequence[Summary], sides: Sides, patients: Sequence[str], seed: int) -> Iterator[Measure]:
-    """Every realism measure over `scans`, of which `patients` names the patient."""
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A measure's entry in report.json, and the repeats that it rests on, for statements about several measures."""
+
+    entry: dict[str, Any]
+    floor: Array = field(default_factory=lambda: np.empty(0))  # [splits] real against real
+    halves: Array = field(default_factory=lambda: np.empty(0))  # [repeats] centred on the value; empty without interval
+
+
+Floors = dict[tuple[str, int, int], Array]  # by measure and the two sizes: sets of one size share it
+
+
+def measures(
+    scans: Sequence[Summary], real: Indices, sets: Sequence[Indices], patients: Sequence[str], seed: int
+) -> Iterator[Measure]:
+    """Every realism measure over `scans`, of which `patients` names the patient and `sets` are the synthetic sides."""
+    named = np.array(patients)
     yield from _intensity(scans)
     yield from _grain(scans)
-    for space, name in (("texture", "texture features"), ("layout", "layout features")):
-        vectors = np.stack([getattr(scan, space) for scan in scans])
-        yield from _distribution(space, name, distances.standardise(vectors, vectors[sides.real]), np.array(patients), seed)
-    yield from _diversity(scans, sides, seed)
+    for space, name in SPACES.items():
+        vectors = np.stack([np.atleast_2d(getattr(scan, space))[0] for scan in scans])
+        if vectors.shape[1] == 0:
+            continue  # the user has no weights of it
+        yield from _distribution(space, f"{name} features", distances.standardise(vectors, vectors[real]), named, seed)
+    yield _handedness(scans, real, named, seed)
+    yield from _diversity(scans, [*sets, real], seed)
 
 
-def judge(measure: Measure, sides: Sides, seed: int) -> dict[str, Any]:
-    """The measure's entry in report.json: value, interval, floor, and whether the value lies within the floor."""
-    rng = np.random.default_rng([seed, sum(map(ord, measure.id))])
+def judge(measure: Measure, sides: Sides, seed: int, floors: Floors | None = None, interval: bool = True) -> Judged:
+    """The measure's value, interval, floor, and whether the value lies within the floor."""
     synthetic, reference, real = (_usable(side, measure) for side in (sides.synthetic, sides.reference, sides.real))
     if measure.all_real:  # as many stand in for the synthetic ones as there are of those, half at most
         size = min(len(synthetic), len(real) // 2)
-        reference = rng.choice(real, len(real) - size, replace=False)
+        reference = _ranked(real, seed, 1)[size:]
     else:
         size = min(len(synthetic), len(real) - len(reference))
     head = {"id": measure.id, "title": measure.title, "unit": measure.unit, "direction": measure.direction}
+    head |= {"family": measure.family, "meaning": measure.meaning}
     have = {"synthetic": len(synthetic), "reference": len(reference), "other_real": len(real) - len(reference)}
     if min(len(synthetic), len(reference), size) < measure.need:
-        return {**head, "status": "not enough", "need": measure.need, "have": have, "meaning": measure.meaning}
-    chosen = np.sort(rng.choice(synthetic, size, replace=False))
+        return Judged({**head, "status": "not enough", "need": measure.need, "have": have})
+    chosen = np.sort(_ranked(synthetic, seed, 2)[:size])
     value = measure.of(chosen, reference)
-    floor = [_split(measure, real, size, len(reference), rng) for _ in range(measure.repeats)]
+    floor = _floor(measure, real, size, len(reference), seed, {} if floors is None else floors)
     low, middle, high = np.quantile(floor, [INTERVAL[0], 0.5, INTERVAL[1]])
-    return {
+    halves = _halves(measure, chosen, reference, value, seed) if interval else np.empty(0)
+    entry = {
         **head,
         "status": "ok",
         "value": value,
-        "interval": _interval(measure, chosen, reference, value, rng),
+        "interval": _interval(value, halves) if len(halves) else None,
         "floor": {"median": float(middle), "low": float(low), "high": float(high), "splits": measure.repeats},
-        "within_floor": _within(measure.direction, value, low, high),
-        "floor_widths": _widths(measure.direction, value, low, float(middle), high),
+        "within_floor": bool(_within(measure.direction, value, low, high)),
+        "floor_widths": float(widths(measure.direction, value, low, middle, high)),
         "scans": {"synthetic": size, "reference": len(reference)},
-        "meaning": measure.meaning,
     }
+    return Judged(entry, floor, halves)
+
+
+def outside_by_chance(judged: Sequence[Judged]) -> dict[str, Any] | None:
+    """How many of the measures leave their floors at once when real scans are compared with real ones.
+
+    Each measure's floor leaves 5 % of its own splits outside, or 2.5 % where only one side is worse; how many it is together
+    depends on how much the measures have in common.
+    """
+    known = [one for one in judged if len(one.floor)]
+    if not known:
+        return None
+    splits = min(len(one.floor) for one in known)
+    outside = [[not _within_floor(one.entry, value) for value in one.floor[:splits]] for one in known]
+    count = np.sum(outside, axis=0)  # [splits]
+    return {"measures": len(known), "splits": splits, "mean": float(count.mean()), "most": int(np.quantile(count, 0.95))}
+
+
+def widths(direction: Direction, value: Any, low: float, middle: float, high: float) -> Any:
+    """How far values are on the worse side of the floor's median, in half-widths of the floor; 1 is its edge."""
+    up, down = (value - middle) / max(high - middle, 1e-12), (middle - value) / max(middle - low, 1e-12)
+    return up if direction == "lower" else down if direction == "higher" else np.maximum(up, down)
 
 
 def _usable(side: Indices, measure: Measure) -> Indices:
     return side if measure.usable is None else side[measure.usable[side]]
 
 
-def _split(measure: Measure, real: Indices, size: int, reference_size: int, rng: np.random.Generator) -> float:
-    shuffled = rng.permutation(real)
-    return measure.of(shuffled[:size], shuffled[size : size + reference_size])
+def _ranked(side: Indices, seed: int, draw: int) -> Indices:
+    """The scans in a random order that is the same for whatever subset is asked about, so that measures share it."""
+    order = np.random.default_rng([seed, 3, draw]).random(int(side.max(initial=0)) + 1)
+    return side[np.argsort(order[side])]
 
 
-def _interval(
-    measure: Measure, synthetic: Indices, reference: Indices, value: float, rng: np.random.Generator
-) -> list[float] | None:
-    halves = [max(len(side) // 2, 1) for side in (synthetic, reference)]
-    if min(halves) < max(measure.need // 2, 2):
-        return None
-    repeats = [
-        measure.of(rng.choice(synthetic, halves[0], replace=False), rng.choice(reference, halves[1], replace=False))
-        for _ in range(min(measure.repeats, HALVES))
-    ]
-    low, high = np.quantile(repeats, INTERVAL) - np.mean(repeats)
-    return [float(np.clip(value + low, *measure.bounds)), float(np.clip(value + high, *measure.bounds))]
+def _floor(measure: Measure, real: Indices, size: int, reference_size: int, seed: int, floors: Floors) -> Array:
+    key = (measure.id, size, reference_size)
+    if key not in floors:
+        orders = [_ranked(real, seed, 100 + b) for b in range(measure.repeats)]
+        floors[key] = np.array([measure.of(o[:size], o[size : size + reference_size]) for o in orders])
+    return floors[key]
+
+
+def _halves(measure: Measure, synthetic: Indices, reference: Indices, value: float, seed: int) -> Array:
+    half = [max(len(side) // 2, 1) for side in (synthetic, reference)]
+    if min(half) < max(measure.need // 2, 2):
+        return np.empty(0)
+    draws = range(1000, 1000 + min(measure.repeats, HALVES))
+    some = [(_ranked(synthetic, seed, b)[: half[0]], _ranked(reference, seed, b)[: half[1]]) for b in draws]
+    repeats = np.array([measure.of(a, b) for a, b in some])
+    return np.clip(value + repeats - repeats.mean(), *measure.bounds)
+
+
+def _interval(value: float, halves: Array) -> list[float]:
+    """95 % of the centred halves; the value itself always lies within, however skew they are."""
+    low, high = np.quantile(halves, INTERVAL)
+    return [float(min(low, value)), float(max(high, value))]
+
+
+def _within_floor(entry: dict[str, Any], value: float) -> bool:
+    return _within(entry["direction"], value, entry["floor"]["low"], entry["floor"]["high"])
 
 
 def _within(direction: Direction, value: float, low: float, high: float) -> bool:
-    return bool((direction == "higher" or value <= high) and (direction == "lower" or value >= low))
-
-
-def _widths(direction: Direction, value: float, low: float, middle: float, high: float) -> float:
-    """How far the value is on the worse side of the floor's median, in half-widths of the floor; 1 is its edge."""
-    up, down = (value - middle) / max(high - middle, 1e-12), (middle - value) / max(middle - low, 1e-12)
-    return float(up if direction == "lower" else down if direction == "higher" else max(up, down))
+    return (direction == "higher" or value <= high) and (direction == "lower" or value >= low)
 
 
 def _intensity(scans: Sequence[Summary]) -> Iterator[Measure]:
@@ -144,13 +199,13 @@ def _intensity(scans: Sequence[Summary]) -> Iterator[Measure]:
     yield Measure(
         "hu_histogram", "HU histogram distance", "HU", "lower", 3,
         "How far, on average, voxels of the body would have to move in HU to turn one histogram into the other.",
-        histogram_distance, bounds=(0.0, np.inf),
+        "intensities", histogram_distance, bounds=(0.0, np.inf),
     )  # fmt: skip
     for index, name in enumerate(TISSUE_HU):
         yield Measure(
             f"tissue_{name}", f"Share of {name} in the body", "points", "target", 3,
             f"Percentage points of the body's voxels that are {name} by HU, more (+) or fewer (-) than in real scans.",
-            lambda a, b, i=index: float(100 * (tissue[a, i].mean() - tissue[b, i].mean())),  # type: ignore[misc]
+            "intensities", lambda a, b, i=index: float(100 * (tissue[a, i].mean() - tissue[b, i].mean())),  # type: ignore[misc]
         )  # fmt: skip
 
 
@@ -164,23 +219,23 @@ def _grain(scans: Sequence[Summary]) -> Iterator[Measure]:
         "slice_continuity", "Slice-to-slice change", TIMES_REAL, "target", 3,
         "Mean |difference| of neighbouring slices over that of real scans: above 1 the slices do not fit together, "
         "below 1 they are too alike.",
-        lambda a, b: float(step[a].mean() / max(step[b].mean(), 1e-9)),
+        "grain", lambda a, b: float(step[a].mean() / max(step[b].mean(), 1e-9)),
     )  # fmt: skip
     yield Measure(
         "power_spectrum", "Power spectrum of slices", "dB", "lower", 3,
         "Root mean square difference of the two mean spectra over spatial frequencies: blur and invented "
         "detail both count.",
-        lambda a, b: decibels_apart(spectrum[a], spectrum[b]), bounds=(0.0, np.inf),
+        "grain", lambda a, b: decibels_apart(spectrum[a], spectrum[b]), bounds=(0.0, np.inf),
     )  # fmt: skip
     yield Measure(
         "noise", "Noise in soft tissue", TIMES_REAL, "target", 3,
         "Standard deviation in small homogeneous patches of soft tissue, over that of real scans.",
-        lambda a, b: float(noise_hu[a].mean() / max(noise_hu[b].mean(), 1e-9)), usable=has_noise,
+        "grain", lambda a, b: float(noise_hu[a].mean() / max(noise_hu[b].mean(), 1e-9)), usable=has_noise,
     )  # fmt: skip
     yield Measure(
         "noise_spectrum", "Noise power spectrum", "dB", "lower", 3,
         "Root mean square difference of the two mean noise spectra in those patches: strength and grain of the noise.",
-        lambda a, b: decibels_apart(noise[a], noise[b]), usable=has_noise, bounds=(0.0, np.inf),
+        "grain", lambda a, b: decibels_apart(noise[a], noise[b]), usable=has_noise, bounds=(0.0, np.inf),
     )  # fmt: skip
 
 
@@ -194,12 +249,12 @@ def _distribution(space: str, name: str, z: Array, patients: NDArray, seed: int)
     yield Measure(
         f"frechet_{space}", f"Frechet distance, {name}", "", "lower", 8,
         "Distance between the two clouds of scans, as Gaussians: 0 when means and spreads agree.",
-        lambda a, b: distances.frechet(z[a], z[b]), bounds=(0.0, np.inf),
+        space, lambda a, b: distances.frechet(z[a], z[b]), bounds=(0.0, np.inf),
     )  # fmt: skip
     yield Measure(
         f"kernel_{space}", f"Kernel distance, {name}", "", "lower", 8,
         "Unbiased distance between the two clouds without assuming Gaussians; around 0 when they come from one source.",
-        lambda a, b: distances.kernel_distance(z[a], z[b]),
+        space, lambda a, b: distances.kernel_distance(z[a], z[b]),
     )  # fmt: skip
     for kind, meaning in (
         ("precision", "Share of synthetic scans that lie where real ones lie: low when many look like no real scan."),
@@ -208,7 +263,7 @@ def _distribution(space: str, name: str, z: Array, patients: NDArray, seed: int)
         ("coverage", "Share of real scans with a synthetic one in their neighbourhood: low when the model collapses."),
     ):
         yield Measure(
-            f"{kind}_{space}", f"{kind.capitalize()}, {name}", "", "higher", 12, meaning,
+            f"{kind}_{space}", f"{kind.capitalize()}, {name}", "", "higher", 12, meaning, space,
             lambda a, b, k=kind: distances.neighbourhoods(z[a], z[b])[k],  # type: ignore[misc]
             bounds=(0.0, np.inf if kind == "density" else 1.0),
         )  # fmt: skip
@@ -216,17 +271,29 @@ def _distribution(space: str, name: str, z: Array, patients: NDArray, seed: int)
         f"classifier_{space}", f"Classifier AUC, {name}", "AUC", "lower", 10,
         "How well a simple classifier tells synthetic from real scans of patients it has not seen: 0.5 is "
         "guessing, 1 is always.",
-        lambda a, b: distances.classifier_auc(z[a], z[b], patients[np.concatenate([a, b])], seed),
+        space, lambda a, b: distances.classifier_auc(z[a], z[b], patients[np.concatenate([a, b])], seed),
         repeats=CLASSIFIER_SPLITS, all_real=True, bounds=(0.0, 1.0),
     )  # fmt: skip
 
 
-def _diversity(scans: Sequence[Summary], sides: Sides, seed: int) -> Iterator[Measure]:
+def _handedness(scans: Sequence[Summary], real: Indices, patients: NDArray, seed: int) -> Measure:
+    known = len(set(patients[real])) >= HAND_PATIENTS
+    right = np.zeros(len(scans), dtype=bool)
+    if known:
+        right = handedness.right_way(handedness.differences(scans), real, patients, seed)
+    return Measure(
+        "handedness", "Left and right as in real scans", "", "higher", 5 if known else HAND_PATIENTS,
+        "Share of scans that a classifier of real scans and their mirror images takes for not mirrored: low when left and right "
+        "are exchanged. Where it is near one half for real scans too, left and right cannot be told in them.",
+        "handedness", lambda a, b: float(right[a].mean()), bounds=(0.0, 1.0),
+    )  # fmt: skip
+
+
+def _diversity(scans: Sequence[Summary], sets: Sequence[Indices], seed: int) -> Iterator[Measure]:
     """Likeness of pairs of samples minus that of pairs of real scans, from at most DIVERSITY_SCANS of each."""
-    rng = np.random.default_rng([seed, 77])
     usable = np.zeros(len(scans), dtype=bool)
-    for side in (sides.synthetic, sides.real):
-        usable[rng.choice(side, min(len(side), DIVERSITY_SCANS), replace=False)] = True
+    for side in sets:  # each side's choice does not depend on who else is there
+        usable[_ranked(side, seed, 4)[:DIVERSITY_SCANS]] = True
     small = {int(i): np.clip(scans[int(i)].cells, *FULL_HU).astype(np.float32) for i in np.flatnonzero(usable)}
     known: dict[tuple[int, int], float] = {}
 
@@ -245,11 +312,11 @@ def _diversity(scans: Sequence[Summary], sides: Sides, seed: int) -> Iterator[Me
         "diversity", "Likeness among samples", "MS-SSIM", "target", 4,
         f"MS-SSIM ({scales} scales) of pairs of synthetic scans minus that of pairs of real ones: above 0 "
         "the samples are too alike.",
-        lambda a, b: float(to_others(a).mean() - to_others(b).mean()), usable=usable, all_real=True,
+        "diversity", lambda a, b: float(to_others(a).mean() - to_others(b).mean()), usable=usable, all_real=True,
     )  # fmt: skip
     yield Measure(
         "diversity_nearest", "Likeness of nearest samples", "MS-SSIM", "target", 4,
         "The same for each scan's most similar companion only: far above 0 when a model repeats a few scans.",
-        lambda a, b: float(to_others(a).max(axis=1).mean() - to_others(b).max(axis=1).mean()),
+        "diversity", lambda a, b: float(to_others(a).max(axis=1).mean() - to_others(b).max(axis=1).mean()),
         usable=usable, all_real=True,
     )  # fmt: skip

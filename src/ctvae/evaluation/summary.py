@@ -7,7 +7,7 @@ the summaries it has written.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from ctvae.evaluation.features import FULL_HU, SOFT_HU, layout, texture, tissue_fractions
 from ctvae.evaluation.grid import Grid, Triple, body_mask, middle_of
+from ctvae.evaluation.medicalnet import MedicalNet
+from ctvae.evaluation.network import learned, weights_digest
 from ctvae.files import atomic
 from ctvae.volume import Volume
 
-VERSION = 2  # of what is measured: older files in a cache are not read
+VERSION = 3  # of what is measured: older files in a cache are not read
 HISTOGRAM_EDGES_HU = np.arange(-1000, 1501, 10)
 CELLS = (24, 48, 48)
 PATCH = 8
@@ -41,18 +43,22 @@ class Summary:
     spectrum: Array  # [SPECTRUM_BINS] radial power spectrum of axial slices, HU^2 per cycle^2 voxel^-2
     texture: Array  # [65]
     layout: Array  # [56]
+    learned: Array  # [2 64] the network's features of the scan and of its mirror image
     cells: NDArray[np.int16]  # [24 48 48] the common box around the body's middle, HU
+    medicalnet: Array = field(default_factory=lambda: np.empty(0))  # [F], empty without its weights
 
 
-def summarise(volume: Volume, grid: Grid, cache: Path | None = None) -> Summary:
+def summarise(volume: Volume, grid: Grid, cache: Path | None = None, medicalnet: MedicalNet | None = None) -> Summary:
     """Measure one scan; with `cache`, a folder, keep the result there and take it from there next time."""
     name = digest(volume)
-    key = hashlib.sha256(f"{VERSION} {grid} {volume.spacing_mm} {name}".encode()).hexdigest()[:24]
+    networks = f"{weights_digest()} {medicalnet.digest if medicalnet else ''}"
+    asked = f"{VERSION} {grid} {volume.spacing_mm} {name} {networks}"
+    key = hashlib.sha256(asked.encode()).hexdigest()[:24]
     kept = cache / f"{key}.npz" if cache else None
     if kept is not None and kept.exists():
         with np.load(kept) as arrays:
-            return Summary(digest=name, **{f.name: arrays[f.name] for f in fields(Summary) if f.name != "digest"})
-    summary = _measure(volume, grid, name)
+            return Summary(digest=name, **{f.name: arrays[f.name] for f in fields(Summary) if f.name in arrays})
+    summary = _measure(volume, grid, name, medicalnet)
     if kept is not None:
         with atomic(kept) as temporary:
             np.savez(temporary, **{f.name: getattr(summary, f.name) for f in fields(Summary) if f.name != "digest"})
@@ -118,8 +124,10 @@ def soft_patches(hu: Array) -> Array:
     return tiles[:: max(1, len(tiles) // MOST_PATCHES)]
 
 
-def _measure(volume: Volume, grid: Grid, name: str) -> Summary:
+def _measure(volume: Volume, grid: Grid, name: str, medicalnet: MedicalNet | None) -> Summary:
     hu, spacing_mm = volume.hu.astype(np.float32), volume.spacing_mm
+    seen = learned(hu, spacing_mm)
+    known = medicalnet.features(hu, spacing_mm) if medicalnet else np.empty(0)
     body = body_mask(hu)
     cells = grid.cells(hu, spacing_mm, middle_of(body), CELLS)
     if grid.resample_texture:
@@ -138,7 +146,9 @@ def _measure(volume: Volume, grid: Grid, name: str) -> Summary:
         spectrum=power_spectrum(np.clip(hu, *SOFT_HU)[:: max(1, len(hu) // 32)]),
         texture=np.array(list(texture(hu, body, spacing_mm).values())),
         layout=layout(cells),
+        learned=seen,
         cells=np.rint(cells).astype(np.int16),
+        medicalnet=known,
     )
 
 

@@ -6,22 +6,30 @@ from typing import Any
 
 MOST_NAMED = 3
 TOLD_APART_AUC = 0.9
+MOSTLY = 0.5  # of the measures, below which little can be said
 FEW = 30  # scans on a side, below which the floors are wide
 
 
-def verdict(measures: list[dict[str, Any]], memorization: dict[str, Any], reconstruction: dict[str, Any]) -> dict[str, Any]:
-    """headline, sentences and the counts they rest on."""
+def verdict(
+    measures: list[dict[str, Any]],
+    chance: dict[str, Any] | None,
+    memorization: dict[str, Any],
+    outliers: dict[str, Any],
+    reconstruction: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """headline, sentences and the counts they rest on, of one synthetic set."""
     judged = [entry for entry in measures if entry["status"] == "ok"]
     outside = sorted((e for e in judged if not e["within_floor"]), key=lambda e: -e["floor_widths"])
     sentences = [
-        _counts(judged, outside, len(measures)),
+        _counts(judged, outside, len(measures), chance),
         _classifier(judged),
         _furthest(outside),
         _copies(memorization),
+        _odd(outliers),
+        _reconstruction(reconstruction),
     ]
-    sentences.append(_reconstruction(reconstruction))
     return {
-        "headline": _headline(judged, outside, memorization),
+        "headline": _headline(judged, outside, len(measures), chance, memorization),
         "sentences": [sentence for sentence in sentences if sentence],
         "measures_judged": len(judged),
         "measures_within_floor": len(judged) - len(outside),
@@ -29,22 +37,52 @@ def verdict(measures: list[dict[str, Any]], memorization: dict[str, Any], recons
     }
 
 
-def _headline(judged: list[dict[str, Any]], outside: list[dict[str, Any]], memorization: dict[str, Any]) -> str:
+def overall(sets: list[dict[str, Any]], ranked: list[dict[str, Any]]) -> dict[str, Any]:
+    """The page's verdict: that of the only set, or who is nearest to real scans."""
+    if not ranked:
+        return sets[0]["verdict"]
+    by_name = {entry["name"]: entry for entry in sets}
+    sentences = [f"{row['name']}: {by_name[row['name']]['verdict']['headline']}" for row in ranked]
+    best = ranked[0]
+    if best["score"] is None:
+        return {"headline": f"Too few scans to rank these {len(ranked)} folders.", "sentences": sentences}
+    if best["not_told_from"]:
+        names = " and ".join(best["not_told_from"])
+        headline = f"Of {len(ranked)} folders {best['name']} comes nearest to real scans, but is not told from {names}."
+    else:
+        headline = f"Of {len(ranked)} folders {best['name']} is nearest to real scans."
+    return {"headline": headline, "sentences": sentences}
+
+
+def _headline(
+    judged: list[dict[str, Any]],
+    outside: list[dict[str, Any]],
+    total: int,
+    chance: dict[str, Any] | None,
+    memorization: dict[str, Any],
+) -> str:
     if memorization.get("verdict") == "copies":
         return "The synthetic scans contain copies of training scans."
-    if not judged:
+    if not judged or chance is None:
         return "Too few scans to say anything."
-    share = len(outside) / len(judged)
-    if share > 0.4 or any(e["id"].startswith("classifier_") and e["value"] >= TOLD_APART_AUC for e in outside):
+    told = any(e["id"].startswith("classifier_") and e["value"] >= TOLD_APART_AUC for e in outside)
+    if told or len(outside) > 0.4 * len(judged):
         return "The synthetic scans can be told from real ones."
-    if share <= 0.1:
+    if len(judged) < MOSTLY * total and len(outside) <= chance["most"]:
+        return "Too few scans for most measures; the others see no difference."
+    if len(outside) <= chance["most"]:
         return "As far as these measures see, the synthetic scans look like real ones."
     return "The synthetic scans are close to real ones, with differences that can be measured."
 
 
-def _counts(judged: list[dict[str, Any]], outside: list[dict[str, Any]], total: int) -> str:
+def _counts(judged: list[dict[str, Any]], outside: list[dict[str, Any]], total: int, chance: dict[str, Any] | None) -> str:
     text = f"{len(judged) - len(outside)} of {len(judged)} measures lie where real scans of other patients lie"
-    text += "; one in twenty would fall outside by chance." if judged else "."
+    if chance:
+        text += (
+            f". Measures of the same scans move together: when real scans were compared with real ones, {chance['mean']:.1f} "
+            f"lay outside on average, and in 95 % of {chance['splits']} comparisons at most {chance['most']}"
+        )
+    text += "."
     if skipped := total - len(judged):
         text += f" {skipped} more had too few scans."
     sizes = [min(entry["scans"].values()) for entry in judged]
@@ -85,8 +123,18 @@ def _copies(memorization: dict[str, Any]) -> str:
     return f"No copy of a training scan was found among {total}."
 
 
-def _reconstruction(reconstruction: dict[str, Any]) -> str:
-    if reconstruction.get("status") != "ok":
+def _odd(outliers: dict[str, Any]) -> str:
+    odd = outliers.get("scans", [])
+    traits = outliers.get("traits", [])
+    text = f"Most of the folder is unlike any real scan in this: {'; '.join(traits)}. " if traits else ""
+    if odd:
+        named = "; ".join(f"{entry['name']} has {' and '.join(entry['why'])}" for entry in odd[:MOST_NAMED])
+        text += f"{len(odd)} of the scans stand{'s' * (len(odd) == 1)} out: {named}{'; ...' * (len(odd) > MOST_NAMED)}."
+    return text.strip()
+
+
+def _reconstruction(reconstruction: dict[str, Any] | None) -> str:
+    if not reconstruction:
         return ""
     full = reconstruction["windows"]["full"]
     return (
