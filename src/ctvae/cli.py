@@ -111,7 +111,14 @@ def train(
     window: Window = None,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0.01, help="Training time of both stages together. [default: the recipe's steps]"),
+        typer.Option(min=0.01, help="Training time of both stages together, at most. [default: the recipe's steps]"),
+    ] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.001, help="Set the steps to fill this time, from what one takes here.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Settings from a plan.yaml that `ctvae plan` wrote.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Train with what fits, e.g. 12GB. [default: the card's, else what is free]")
     ] = None,
 ) -> None:
     """Train an autoencoder, then its priors.
@@ -120,9 +127,13 @@ def train(
 
     Example: ctvae train dataset --out run --minutes 60
     """
+    from ctvae.planning.sizes import parse_memory
     from ctvae.training.train import train
 
-    run = train(dataset, out, method=method, stage=stage, overrides=_overrides(settings, window), minutes=minutes)
+    run = train(
+        dataset, out, method=method, stage=stage, overrides=_overrides(settings, window), minutes=minutes, hours=hours,
+        plan=plan, memory_gb=parse_memory(memory) if memory else None,
+    )  # fmt: skip
     typer.echo(run)
     if stage != "autoencoder":
         _next(f"ctvae generate {run} --out DIR -n 4")

@@ -16,6 +16,7 @@ import csv
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ from ctvae.config import Config, Training, dump_config, load_config
 from ctvae.errors import ConfigError, InputError, ModelError
 from ctvae.version import __version__
 
+MEMORY_SETTINGS = {  # a plan for less or more memory changes these; the network's weights stay what they are
+    "model": ("checkpointing",),
+    "data": ("patch",),
+    "autoencoder": ("batch", "accumulate"),
+    "prior": ("batch", "accumulate"),
+}
+
 
 class Run:
     """A run folder. Opening one that exists checks that it belongs to the same settings and data."""
@@ -33,23 +41,36 @@ class Run:
         self.folder = folder
 
     @classmethod
-    def create_or_resume(cls, folder: Path, cfg: Config, dataset_fingerprint: str) -> Run:
-        """Raises ConfigError where the folder holds a run with other settings or data."""
+    def create_or_resume(
+        cls, folder: Path, cfg: Config, dataset_fingerprint: str, planned: Sequence[str] = (), replanned: bool = False
+    ) -> Run:
+        """`planned`: those of the settings that nobody asked for, to resume with. `replanned`: they may be others than before.
+
+        Raises ConfigError where the folder holds a run with other settings or data.
+        """
         run = cls(folder)
         if run.config_path.exists():
-            run._check(cfg, dataset_fingerprint)
+            run._check(cfg, dataset_fingerprint, replanned)
+            if list(planned) != run.state.get("planned", []):
+                run.replan(cfg, planned)
             return run
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: is a file; --out names a folder")
         if folder.exists() and any(path.name != "run.json" for path in folder.iterdir()):  # alone: stopped right below
             raise InputError(f"{folder}: is neither empty nor a ctvae run; choose another folder for --out")
-        files.write_json(run.folder / "run.json", {"ctvae": __version__, "dataset": dataset_fingerprint, "stages": {}})
+        state = {"ctvae": __version__, "dataset": dataset_fingerprint, "stages": {}, "planned": list(planned)}
+        files.write_json(run.folder / "run.json", state)
         files.write_text(run.config_path, dump_config(cfg))
         return run
 
-    def _check(self, cfg: Config, dataset_fingerprint: str) -> None:
+    def replan(self, cfg: Config, planned: Sequence[str]) -> None:
+        """From here on with these settings, which differ in what a plan decides only."""
+        files.write_text(self.config_path, dump_config(cfg))
+        self.note(planned=list(planned))
+
+    def _check(self, cfg: Config, dataset_fingerprint: str, replanned: bool) -> None:
         old = load_config(self.config_path)
-        if _without_minutes(old) != _without_minutes(cfg):  # more or fewer minutes: the same run, ended sooner or later
+        if _comparable(old, replanned) != _comparable(cfg, replanned):
             raise ConfigError(
                 f"{self.folder}: was begun with other settings ({_differences(old, cfg)}); "
                 "repeat the first command or choose another --out"
@@ -153,13 +174,13 @@ class Curve:
             self._writer.close()
 
 
-def _without_minutes(cfg: Config) -> Config:
-    return cfg.model_copy(
-        update={
-            "autoencoder": cfg.autoencoder.model_copy(update={"minutes": None}),
-            "prior": cfg.prior.model_copy(update={"minutes": None}),
-        }
-    )
+def _comparable(cfg: Config, replanned: bool) -> dict[str, Any]:
+    """What makes a run that run: not its minutes (it ends sooner or later), and where it is planned anew not what memory decides."""
+    tree = cfg.model_dump(mode="json")
+    for section, keys in MEMORY_SETTINGS.items():
+        for key in (*(keys if replanned else ()), "minutes"):
+            tree[section].pop(key, None)
+    return tree
 
 
 def _differences(old: Config, new: Config) -> str:
