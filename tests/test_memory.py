@@ -13,14 +13,15 @@ import torch
 from ctvae import __main__, planner
 from ctvae.checkpoint import Checkpoints, load
 from ctvae.config import load_config, load_recipe
+from ctvae.dataset import Dataset
 from ctvae.errors import ConfigError, DoesNotFit
 from ctvae.model import open_model
-from ctvae.training import autoencoder, memory, prior, settings
+from ctvae.training import autoencoder, memory, pace, prior, settings
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import MemoryRanOut, is_allocation_failure, kept_when_memory_runs_out
 from ctvae.training.train import train
 
-CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"
+CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 
 
 def weights(run: Path, name: str = "autoencoder") -> dict[str, torch.Tensor]:
@@ -145,8 +146,9 @@ def test_the_priors_batch_is_halved(tiny_dataset, tiny_run, tiny_settings, tmp_p
 
 def test_where_nothing_is_smaller_it_says_so_and_keeps_the_state(tiny_dataset, tiny_settings, tmp_path, monkeypatch):
     failing_forward(monkeypatch, lambda objective, step: step == 1)
+    pinned = [*tiny_settings, "model.checkpointing=false", "data.patch=null"]
     with pytest.raises(DoesNotFit, match="memory ran out at step 1, and no plan is smaller; the state is saved"):
-        train(tiny_dataset, tmp_path, stage="autoencoder", overrides=[*tiny_settings, "model.checkpointing=false", "data.patch=null"])
+        train(tiny_dataset, tmp_path, stage="autoencoder", overrides=pinned)
     saved = Checkpoints(tmp_path / "checkpoints", "autoencoder").paths()
     assert [path.stem for path in saved] == ["autoencoder-00000001"]
 
@@ -161,9 +163,14 @@ def test_an_update_that_fails_half_way_is_not_kept():
 
     with kept_when_memory_runs_out(optimizer, lambda: 7, lambda: kept.append(7)):
         optimizer.step()
-    with pytest.raises(MemoryRanOut) as caught, kept_when_memory_runs_out(optimizer, lambda: 7, lambda: kept.append(7)):
-        optimizer.register_step_pre_hook(fail_in_the_update)
-        optimizer.step()
+
+    def failing_step() -> None:
+        with kept_when_memory_runs_out(optimizer, lambda: 7, lambda: kept.append(7)):
+            optimizer.register_step_pre_hook(fail_in_the_update)
+            optimizer.step()
+
+    with pytest.raises(MemoryRanOut) as caught:
+        failing_step()
     assert caught.value.keep is None
     with pytest.raises(MemoryRanOut) as caught, kept_when_memory_runs_out(optimizer, lambda: 8, lambda: kept.append(8)):
         raise MemoryError
@@ -261,7 +268,8 @@ def test_training_from_a_plan_file(tiny_dataset, tiny_settings, tmp_path, capsys
     settled = [argument for text in tiny_settings for argument in ("--set", text)]
     assert __main__.run(["plan", str(tiny_dataset), "--memory", "4GB", "--out", str(file), *settled]) == 0
     text = file.read_text()
-    file.write_text(text.replace("data.patch: null", "data.patch: [16, 32, 32]").replace("checkpointing: false", "checkpointing: true"))
+    text = text.replace("data.patch: null", "data.patch: [16, 32, 32]")
+    file.write_text(text.replace("checkpointing: false", "checkpointing: true"))
     begin = ["train", str(tiny_dataset), "--out", str(run), "--stage", "autoencoder"]
     assert __main__.run([*begin, "--plan", str(file)]) == 0
     cfg = load_config(run / "config.yaml")
@@ -299,3 +307,42 @@ def test_strides_follow_the_datasets_spacing(tmp_path, scan_hu, write_nifti, tin
     pinned = [*tiny_settings, "model.strides=[[2,2,2],[2,2,2]]"]
     asked = train(dataset, tmp_path / "asked", stage="autoencoder", overrides=pinned)
     assert load_config(asked / "config.yaml").model.strides == ((2, 2, 2), (2, 2, 2))
+
+
+def test_hours_set_the_steps_from_a_measured_one(tiny_dataset, tiny_settings, tmp_path, monkeypatch):
+    """A step of 3 s of the autoencoder and 2 s of the prior: 40 and 60 % of 0.1 h are 48 and 108 of them."""
+    monkeypatch.setattr(pace, "autoencoder_step_seconds", lambda _: 3.0)
+    monkeypatch.setattr(pace, "prior_step_seconds", lambda _: 2.0)
+    dataset = Dataset.open(tiny_dataset)
+    settled = settings.settle(dataset, tmp_path / "run", settings.Asked(tiny_settings))
+    timed = settings.with_hours(settled, 0.1, "both")
+    assert (timed.cfg.autoencoder.steps, timed.cfg.prior.steps) == (48, 108)
+    found = planner.with_hours(planner.weigh("wavelet3d", planner.Source((64, 32, 32)), 24, tiny_settings), 0.1)
+    assert load_recipe("wavelet3d", found.overrides).prior.steps == 108
+    assert (found.plan["autoencoder_steps"], found.plan["prior_steps"]) == (48, 108)
+    free = [text for text in tiny_settings if "steps" not in text or "sampling" in text]
+    monkeypatch.setattr(pace, "autoencoder_step_seconds", lambda _: 36.0)  # ten steps of it in 0.1 h
+    run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=free, hours=0.1)
+    assert load(run / "autoencoder.safetensors")[1]["steps"] == 10
+    monkeypatch.setattr(pace, "autoencoder_step_seconds", lambda _: 1.0)
+    train(tiny_dataset, run, stage="autoencoder", overrides=free, hours=0.1)  # resumes with the steps that it was begun with
+    assert load_config(run / "config.yaml").autoencoder.steps == 10
+
+
+def test_a_step_is_measured_with_its_accumulation(tiny_settings, monkeypatch):
+    """By a clock that only an objective's forward pass moves: 1 s each."""
+    now = [0.0]
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    for kind in (autoencoder.Objective, prior.FlowObjective):
+        monkeypatch.setattr(kind, "forward", _slow(kind.forward, now))
+    cfg = load_recipe("wavelet3d", [*tiny_settings, "data.shape=[16,16,16]", "autoencoder.accumulate=3"])
+    assert pace.autoencoder_step_seconds(cfg) == pytest.approx(3.0)
+    assert pace.prior_step_seconds(cfg) == pytest.approx(1.0)  # coarse and detail share the steps
+
+
+def _slow(forward, now):
+    def slow(self, *arguments):
+        now[0] += 1.0
+        return forward(self, *arguments)
+
+    return slow

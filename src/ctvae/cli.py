@@ -151,13 +151,16 @@ def plan(
     ] = None,
     settings: Settings = None,
     window: Window = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.001, help="Set the steps to fill this time; trains a few to measure one.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write the settings to, e.g. plan.yaml.")] = None,
 ) -> None:
     """Say what fits the memory, before training.
 
-    Counts on tensors that have shapes and no memory: no GPU is needed, and nothing is trained. Where what was asked does
-    not fit, it changes batch, checkpointing or patch until it does.
+    Counts on tensors that have shapes and no memory: no GPU is needed, and without --hours nothing is trained. Where what
+    was asked does not fit, it changes batch, checkpointing or patch until it does.
 
     Example: ctvae plan --method wavelet3d --size 64x512x512 --memory 24GB
     """
@@ -170,6 +173,8 @@ def plan(
 
     available_gb = parse_memory(memory) if memory else None
     found = planner.weigh(method, planner.Source.asked(dataset, size), available_gb, _overrides(settings, window))
+    if hours and found.fits:
+        found = planner.with_hours(found, hours)
     if as_json:
         typer.echo(json.dumps(report.as_json(found)))
     if not found.fits:

@@ -32,6 +32,7 @@ from ctvae.planning.sizes import parse_size, smaller, strides_for, written
 from ctvae.planning.workspace import Kernels
 from ctvae.runlog import MEMORY_SETTINGS
 from ctvae.training.groups import latent_grid
+from ctvae.training.pace import steps_for
 
 MEMORY_KEYS = frozenset(f"{section}.{key}" for section, keys in MEMORY_SETTINGS.items() for key in keys)
 KEPT_FREE = 0.1  # share of the memory that a plan leaves: the prediction's own error, and what else runs
@@ -94,6 +95,14 @@ def plan(
 def weigh(method: str, source: Source, memory_gb: float | None = None, overrides: Sequence[str] = ()) -> Plan:
     """As `plan`, but where nothing fits the plan of what was asked, with `fits` false and the refusal as its note."""
     return _Search(method, source, memory_gb or machine_memory_gb(), tuple(overrides)).best()
+
+
+def with_hours(found: Plan, hours: float) -> Plan:
+    """`found` with steps that take `hours` on this machine, measured: it trains a few steps for real, of both stages."""
+    steps = steps_for(load_recipe(found.method, found.overrides), hours)
+    counts = {key.replace(".", "_"): int(text) for key, _, text in (setting.partition("=") for setting in steps)}
+    kept = [text for text in found.overrides if text.partition("=")[0] not in {text.partition("=")[0] for text in steps}]
+    return replace(found, overrides=(*kept, *steps), plan={**found.plan, **counts})
 
 
 def machine_memory_gb() -> float:

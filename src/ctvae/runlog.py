@@ -175,7 +175,7 @@ class Curve:
 
 
 def _comparable(cfg: Config, replanned: bool) -> dict[str, Any]:
-    """What makes a run that run: not its minutes (it ends sooner or later), and where it is planned anew not what memory decides."""
+    """What makes a run that run: not its minutes (it ends sooner or later), nor what memory decides where it is planned anew."""
     tree = cfg.model_dump(mode="json")
     for section, keys in MEMORY_SETTINGS.items():
         for key in (*(keys if replanned else ()), "minutes"):

@@ -19,9 +19,12 @@ from ctvae.dataset import Dataset
 from ctvae.errors import ConfigError, DoesNotFit
 from ctvae.planning.sizes import written
 from ctvae.training.groups import training_shape
+from ctvae.training.pace import steps_for
 
 SURELY_BYTES = 16_384  # per voxel of a batch: thirty times what any recipe takes. With less than that there is a plan to make
 SURELY_GB = 1.0  # and this for weights and the prior
+
+HOURS_KEYS = {"autoencoder.steps", "prior.steps"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,16 @@ def smaller(settled: Settled, asked: Asked, stage: str) -> Settled | None:
         return None
     planned = _merged(settled.planned, option.changes)
     return Settled(with_overrides(settled.cfg, option.changes), planned, option.label)
+
+
+def with_hours(settled: Settled, hours: float, stage: str) -> Settled:
+    """Steps to fill `hours`, measured here, unless the run was begun with some."""
+    known = {_key(text) for text in settled.planned}
+    wanted = {"autoencoder.steps"} if stage == "autoencoder" else {"prior.steps"} if stage == "prior" else HOURS_KEYS
+    if wanted <= known:
+        return settled
+    steps = steps_for(settled.cfg, hours, stage)
+    return Settled(with_overrides(settled.cfg, steps), _merged(settled.planned, steps), settled.note)
 
 
 def _settled(dataset: Dataset, method: str, planned: Sequence[str], asked: Asked, note: str) -> Settled:

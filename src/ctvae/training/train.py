@@ -20,12 +20,11 @@ from ctvae.runlog import Run
 from ctvae.training.autoencoder import train_autoencoder
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import repeated_smaller
+from ctvae.training.pace import autoencoder_share
 from ctvae.training.prior import encode_groups, train_prior
-from ctvae.training.settings import Asked, Settled, chosen, settle, smaller
+from ctvae.training.settings import HOURS_KEYS, Asked, Settled, chosen, settle, smaller, with_hours
 
 STAGES = ("autoencoder", "prior", "both")
-AUTOENCODER_SHARE = {"wavelet3d": 0.4}  # of --minutes; the other methods' vector priors are quick
-OTHER_SHARE = 0.8
 
 
 def train(
@@ -42,18 +41,23 @@ def train(
 ) -> Path:
     """Train `method`'s autoencoder and then its priors on a prepared dataset; the same call again resumes.
 
-    `minutes` is shared between the stages and ends them early; without it each runs its recipe's steps. `hours` sets the
-    steps instead, from the time that one takes here. `method` none: what the run folder says, else wavelet3d. `plan` is a
-    plan.yaml; `memory_gb` plans for that much. By default the machine's memory is looked at, and what was asked is changed
-    only where it does not fit. Returns the run folder. Raises InputError, ConfigError, ModelError, DoesNotFit or
-    TrainingDiverged.
+    `minutes` is shared between the stages and ends them early; without it each runs its recipe's steps. `hours` ends them
+    too, and sets the steps to fill that time, from what one takes here. `method` none: what the run folder says, else
+    wavelet3d. `plan` is a plan.yaml; `memory_gb` plans for that much. By default the machine's memory is looked at, and
+    what was asked is changed only where it does not fit. Returns the run folder.
+
+    Raises InputError, ConfigError, ModelError, DoesNotFit or TrainingDiverged.
     """
     _refuse_nonsense(stage, minutes, hours)
     data, folder = Dataset.open(Path(dataset)), Path(out)
     asked = Asked(tuple(overrides), method, Path(plan) if plan is not None else None, memory_gb)
+    if hours is not None and asked.pinned & HOURS_KEYS:
+        raise ConfigError(f"hours {hours:g} set the steps; leave out --set {min(asked.pinned & HOURS_KEYS)}")
     settled = settle(data, folder, asked)
     if settled.note:
         say(f"plan: {settled.note} ({chosen(settled.cfg)})")
+    if hours is not None:
+        settled, minutes = with_hours(settled, hours, stage), 60 * hours
     settled = replace(settled, cfg=_timed(settled.cfg, stage, minutes))
     replanned = plan is not None or memory_gb is not None
     run = Run.create_or_resume(folder, settled.cfg, data.fingerprint, settled.planned, replanned)
@@ -103,7 +107,7 @@ def _refuse_nonsense(stage: str, minutes: float | None, hours: float | None) -> 
 def _timed(cfg: Config, stage: str, minutes: float | None) -> Config:
     if minutes is None:
         return cfg
-    share = AUTOENCODER_SHARE.get(cfg.model.kind, OTHER_SHARE) if stage == "both" else 1.0
+    share = autoencoder_share(cfg, stage)
     return cfg.model_copy(
         update={
             "autoencoder": cfg.autoencoder.model_copy(update={"minutes": minutes * share}),
