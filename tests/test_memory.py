@@ -282,6 +282,14 @@ def test_training_from_a_plan_file(tiny_dataset, tiny_settings, tmp_path, capsys
         train(tiny_dataset, tmp_path / "other", plan=file, memory_gb=4)
 
 
+def test_a_patch_of_any_size_is_put_on_the_grid(tiny_dataset, tiny_settings, tmp_path):
+    asked = settings.Asked((*tiny_settings, "data.patch=[15,30,32]"))
+    assert settings.settle(Dataset.open(tiny_dataset), tmp_path / "run", asked).cfg.data.patch == (16, 32, 32)
+    flat = settings.Asked(("data.patch=[16,32,32]",), method="slice2d")
+    with pytest.raises(ConfigError, match=r"data\.patch: slice2d trains on whole groups"):
+        settings.settle(Dataset.open(tiny_dataset), tmp_path / "run", flat)
+
+
 def test_a_run_may_be_planned_anew_but_stays_the_same_network(tiny_dataset, tiny_settings, tmp_path):
     run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=tiny_settings)
     file = tmp_path / "plan.yaml"

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ctvae.models.blocks import ChannelNorm, ResBlock
 
-SLAB_NUMBERS = 2**21  # 8 MiB in float32
+SLAB_NUMBERS = 2**21  # 8 MiB in float32, or more where there would be more than MOST_SLABS
+MOST_SLABS = 16
 
 
 def save_memory(network: nn.Module, checkpointing: bool) -> None:
@@ -89,8 +90,9 @@ class _BySlabs(torch.autograd.Function):
 
 
 def slabs(shape: torch.Size) -> Iterator[slice]:
-    """Slices along D that hold at most SLAB_NUMBERS numbers each, or one slice."""
-    slices = max(1, SLAB_NUMBERS * shape[2] // max(1, shape.numel()))
+    """A few slices along D at a time: SLAB_NUMBERS numbers or a MOST_SLABS-th of all, whichever is more, one slice at least."""
+    fewest = -(-shape[2] // MOST_SLABS)
+    slices = max(1, fewest, SLAB_NUMBERS * shape[2] // max(1, shape.numel()))
     starts = range(0, shape[2], slices)
     yield from (slice(a, b) for a, b in itertools.pairwise((*starts, shape[2])))
 
