@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -37,7 +39,7 @@ def test_a_norm_by_slabs_is_the_norm(small_slabs, dtype, autocast):
     x = (3 * torch.randn(SHAPE)).to(dtype).to(memory_format=torch.channels_last_3d)
     cotangent = torch.randn(SHAPE).to(dtype)
     results = []
-    for forward in (norm.forward, by_slabs(norm.forward, norm)):
+    for forward in (norm.forward, lambda x: by_slabs(norm, norm.forward, x)):
         given = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = forward(given)
@@ -76,6 +78,16 @@ def test_a_whole_step_gives_the_plain_loss_and_gradients(small_slabs, monkeypatc
         assert other == losses
         for mine, plain in zip(others, gradients, strict=True):
             torch.testing.assert_close(mine, plain, rtol=0, atol=1e-5 * plain.abs().max().item())
+
+
+def test_a_copy_has_weights_of_its_own(small_slabs):
+    network = build(load_recipe("wavelet3d", ["model.checkpointing=true", "model.widths=[16,32]"]).model, (8, 16, 16))
+    twin = copy.deepcopy(network)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert network.encode(torch.ones(1, 1, 8, 16, 16))[1].abs().max() > 0
+    assert twin.encode(torch.ones(1, 1, 8, 16, 16))[1].abs().max() == 0
+    assert twin.state_dict().keys() == network.state_dict().keys()
 
 
 def test_what_it_saves():

@@ -177,9 +177,10 @@ class Curve:
 def _comparable(cfg: Config, replanned: bool) -> dict[str, Any]:
     """What makes a run that run: not its minutes (it ends sooner or later), nor what memory decides where it is planned anew."""
     tree = cfg.model_dump(mode="json")
-    for section, keys in MEMORY_SETTINGS.items():
-        for key in (*(keys if replanned else ()), "minutes"):
-            tree[section].pop(key, None)
+    for name, section in tree.items():
+        for key in ("minutes", *(MEMORY_SETTINGS.get(name, ()) if replanned else ())):
+            if isinstance(section, dict):
+                section.pop(key, None)
     return tree
 
 

@@ -26,42 +26,44 @@ MOST_SLABS = 16
 
 
 def save_memory(network: nn.Module, checkpointing: bool) -> None:
-    """Norms by slabs; with `checkpointing` every residual block is recomputed, and the encoder as a whole as well.
-
-    So the decoder's backward pass has nothing of the encoder beside it but the latents.
-    """
-    for module in network.modules():
+    """Norms by slabs; with `checkpointing` every residual block is recomputed."""
+    for module in list(network.modules()):
         if isinstance(module, ChannelNorm):
-            module.forward = by_slabs(module.forward, module)  # type: ignore[method-assign]
+            _wrap(module, by_slabs)
         elif isinstance(module, ResBlock) and checkpointing:
-            module.forward = recomputed(module.forward)  # type: ignore[method-assign]
-    if checkpointing and isinstance(getattr(network, "encoder", None), nn.Module):
-        network.encoder.forward = recomputed(network.encoder.forward)  # type: ignore[union-attr, operator, method-assign]
+            _wrap(module, recomputed)
 
 
-def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` that keeps its input only and runs again when the gradient is asked for."""
-
-    def checkpointed(x: Tensor) -> Any:
-        return checkpoint(forward, x, use_reentrant=False) if torch.is_grad_enabled() else forward(x)
-
-    return checkpointed
+Forward = Callable[[Tensor], Any]
 
 
-def by_slabs(forward: Callable[[Tensor], Tensor], module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """`forward` of a module that treats every voxel alone, [B C D H W] -> [B C D H W], a slab of slices at a time."""
+def _wrap(module: nn.Module, policy: Callable[[nn.Module, Forward, Tensor], Any]) -> None:
+    """Run `policy` around the module's forward. By a class of its own, not by a closure over it, so that copies are copies."""
+    plain = type(module)
 
-    def in_slabs(x: Tensor) -> Tensor:
-        if x.ndim != 5 or x.numel() <= SLAB_NUMBERS:
-            return forward(x)
-        return _BySlabs.apply(forward, x, *module.parameters())  # type: ignore[no-any-return]
+    class Wrapped(plain):  # type: ignore[misc, valid-type]
+        def forward(self, x: Tensor) -> Any:
+            return policy(self, super().forward, x)
 
-    return in_slabs
+    Wrapped.__name__ = Wrapped.__qualname__ = plain.__name__
+    module.__class__ = Wrapped
+
+
+def recomputed(_: nn.Module, forward: Forward, x: Tensor) -> Any:
+    """Keep the input only; `forward` runs again when the gradient is asked for."""
+    return checkpoint(forward, x, use_reentrant=False) if torch.is_grad_enabled() else forward(x)
+
+
+def by_slabs(module: nn.Module, forward: Forward, x: Tensor) -> Tensor:
+    """Of a module that treats every voxel alone, [B C D H W] -> [B C D H W]: a slab of slices at a time."""
+    if x.ndim != 5 or x.numel() <= SLAB_NUMBERS:
+        return forward(x)  # type: ignore[no-any-return]
+    return _BySlabs.apply(forward, x, *module.parameters())  # type: ignore[no-any-return]
 
 
 class _BySlabs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, forward: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, forward: Forward, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.inner, ctx.autocast = forward, _autocast_state(x.device.type)
         ctx.save_for_backward(x, *parameters)
         out: Tensor | None = None
