@@ -92,7 +92,7 @@ def with_hours(settled: Settled, hours: float, stage: str) -> Settled:
     wanted = {"autoencoder.steps"} if stage == "autoencoder" else {"prior.steps"} if stage == "prior" else HOURS_KEYS
     if wanted <= known:
         return settled
-    steps = steps_for(settled.cfg, hours, stage)
+    steps = [text for text in steps_for(settled.cfg, hours, stage) if _key(text) not in known]
     return Settled(with_overrides(settled.cfg, steps), _merged(settled.planned, steps), settled.note)
 
 
