@@ -234,14 +234,19 @@ def test_a_real_allocation_failure(tiny_dataset, tmp_path):
 # --- plans
 
 
-def test_memory_makes_a_plan_and_the_run_resumes_with_it(tiny_dataset, tiny_settings, tmp_path, capsys, monkeypatch):
-    free = [text for text in tiny_settings if not text.startswith(("model.widths", "prior.batch"))] + ["model.widths=[64,64]"]
-    needs = planner.weigh("wavelet3d", planner.Source((64, 32, 32)), 24, free)
-    short = needs.train_peak_gb
+def larger(tiny_settings) -> list[str]:
+    """Groups and features of which the activations, and not the weights, take the memory; the prior's batch is free."""
+    kept = [text for text in tiny_settings if not text.startswith(("model.widths", "prior.batch"))]
+    return [*kept, "model.widths=[16,16]", "data.shape=[64,64,64]"]
+
+
+def test_memory_makes_a_plan_and_the_run_resumes_with_it(tiny_dataset, tiny_settings, tmp_path, capsys):
+    free = larger(tiny_settings)
+    short = planner.weigh("wavelet3d", planner.Source((64, 64, 64)), 24, free).train_peak_gb
     run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=free, memory_gb=short)
     err = capsys.readouterr().err
     assert err.count("plan: needs ") == 1
-    assert "planned with checkpointing (whole groups of 64x32x32, batch 1, prior batch" in err
+    assert "planned with checkpointing (whole groups of 64x64x64, batch 1, prior batch" in err
     assert load_config(run / "config.yaml").model.checkpointing
     train(tiny_dataset, run, overrides=free)  # no --memory: as it was begun
     assert (run / "prior-flow.safetensors").exists()
@@ -251,8 +256,8 @@ def test_memory_makes_a_plan_and_the_run_resumes_with_it(tiny_dataset, tiny_sett
 
 
 def test_by_default_the_machines_memory_is_looked_at(tiny_dataset, tiny_settings, tmp_path, capsys, monkeypatch):
-    free = [text for text in tiny_settings if not text.startswith(("model.widths", "prior.batch"))] + ["model.widths=[64,64]"]
-    short = planner.weigh("wavelet3d", planner.Source((64, 32, 32)), 24, free).train_peak_gb
+    free = larger(tiny_settings)
+    short = planner.weigh("wavelet3d", planner.Source((64, 64, 64)), 24, free).train_peak_gb
     monkeypatch.setattr(planner, "machine_memory_gb", lambda: short)
     run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=free)
     assert load_config(run / "config.yaml").model.checkpointing

@@ -30,6 +30,11 @@ def test_slabs_cover_the_slices_once(small_slabs):
     assert list(slabs(torch.Size((1, 4096, 2, 64, 64)))) == [slice(0, 1), slice(1, 2)], "a slice that is too large stays whole"
 
 
+def summed_in(dtype: torch.dtype) -> float:
+    """How far apart sums in another order may be, of the largest; bf16 sums are rounded once per slab."""
+    return 2**-7 if dtype is torch.bfloat16 else 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_norm_by_slabs_is_the_norm(small_slabs, dtype, autocast):
@@ -50,12 +55,15 @@ def test_a_norm_by_slabs_is_the_norm(small_slabs, dtype, autocast):
     assert torch.equal(y, slab_y)
     assert y.stride() == slab_y.stride()
     assert torch.equal(of_x, slab_of_x)
-    torch.testing.assert_close(of_weight, slab_of_weight, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(of_weight, slab_of_weight, rtol=0, atol=summed_in(dtype) * of_weight.abs().max().item())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_whole_step_gives_the_plain_loss_and_gradients(small_slabs, monkeypatch, precision):
-    """Slabs and checkpointing against a network with neither: equal losses, gradients equal to 1e-5 of the largest."""
+    """Slabs and checkpointing against a network with neither: equal losses, gradients equal to 1e-5 of the largest.
+
+    In bf16 the norms' own weights, which are summed over all voxels in bf16, to the rounding of that.
+    """
     steps = {}
     for name, checkpointing in (("plain", False), ("slabs", False), ("recomputed", True)):
         cfg = load_recipe("wavelet3d", [f"model.checkpointing={checkpointing}", "model.widths=[16,32]", "model.blocks=[1,2]"])
@@ -72,12 +80,14 @@ def test_a_whole_step_gives_the_plain_loss_and_gradients(small_slabs, monkeypatc
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             terms = Objective(network, cfg.autoencoder, (-1000, 1000))(x, torch.Generator().manual_seed(2))
         sum(terms.values()).backward()
-        steps[name] = ({key: value.item() for key, value in terms.items()}, [p.grad for p in network.parameters()])
+        gradients = {key: parameter.grad for key, parameter in network.named_parameters()}
+        steps[name] = ({key: value.item() for key, value in terms.items()}, gradients)
     losses, gradients = steps.pop("plain")
     for other, others in steps.values():
         assert other == losses
-        for mine, plain in zip(others, gradients, strict=True):
-            torch.testing.assert_close(mine, plain, rtol=0, atol=1e-5 * plain.abs().max().item())
+        for key, plain in gradients.items():
+            apart = summed_in(torch.bfloat16 if precision == "bf16" and "norm" in key else torch.float32)
+            torch.testing.assert_close(others[key], plain, rtol=0, atol=apart * plain.abs().max().item())
 
 
 def test_a_copy_has_weights_of_its_own(small_slabs):
