@@ -2,16 +2,19 @@
 
     python benchmarks/step_memory.py                                      # all at 64 x 256 x 256, a Markdown table
     python benchmarks/step_memory.py --method conv3d --size 64 128 128    # one recipe, JSON
+    python benchmarks/step_memory.py --method wavelet3d --set model.checkpointing=true
 
-A step is encode, sample, decode, loss, backward and Adam, in the recipe's precision (or `--precision`). On the CPU the
-peak is the largest resident memory so far over what Python and torch hold before the network is built; on CUDA it is
-what torch's allocator counts. `--steps 2` times the second step, when Adam's moments exist.
+A step is the training loop's: the recipe's losses, precision (or `--precision`) and optimiser. On the CPU the peak is the
+largest resident memory so far over what Python and torch hold before the network is built, with the C library told to give
+freed blocks back (the variables of benchmarks/planner_accuracy.py); on CUDA it is what torch's allocator counts. The
+planner's prediction of the same step stands beside it. `--steps 2` times the second step, when the momentum exists.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,8 +22,16 @@ import time
 import psutil
 import torch
 
-from ctvae.config import Config, load_recipe, recipe_names
+from ctvae.checkpoint import EMA
+from ctvae.config import Config, load_recipe, recipe_names, with_overrides
+from ctvae.device import generator, place
 from ctvae.models import build
+from ctvae.planning import dry
+from ctvae.planning.workspace import Kernels
+from ctvae.training.autoencoder import Objective
+from ctvae.training.optimizer import build_optimizer
+
+PROMPT_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def peak_rss_bytes() -> int:
@@ -29,39 +40,38 @@ def peak_rss_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
-def training_step(network: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, bf16: bool) -> None:
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-        mean, logvar = network.encode(x)
-        y = network.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean))
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    ((y.float() - x).abs().mean() + kl).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def measure(cfg: Config, size: tuple[int, int, int], precision: str, batch: int, steps: int) -> dict:
+def measure(cfg: Config, size: tuple[int, int, int], steps: int) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = psutil.Process().memory_info().rss
-    network = build(cfg.model, size).to(device)
-    if cfg.model.kind in ("wavelet3d", "conv3d"):
-        network = network.to(memory_format=torch.channels_last_3d)
-    optimizer = torch.optim.Adam(network.parameters())
+    network = build(cfg.model, size)
+    place(network, device)
+    ema, optimizer = EMA(network, cfg.autoencoder.ema_decay), build_optimizer(network, cfg.autoencoder)
+    objective = Objective(network, cfg.autoencoder, cfg.data.window_hu)
+    batch = cfg.autoencoder.batch
     x = torch.rand(batch, 1, *size, device=device) * 2 - 1
-    for _ in range(steps):
+    for step in range(steps):
         start = time.perf_counter()
-        training_step(network, optimizer, x, bf16=precision == "bf16")
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.autoencoder.precision == "bf16"):
+            terms = objective(x, generator(0, step))
+        sum(terms.values()).backward()
+        del terms
+        optimizer.step()
+        ema.update(network, step)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss_bytes() - before
+    predicted = dry.training(with_overrides(cfg, [f"data.shape={list(size)}"]), Kernels(device.type, torch.get_num_threads()))
     return {
         "method": cfg.method,
         "size": size,
         "batch": batch,
-        "precision": precision,
+        "precision": cfg.autoencoder.precision,
         "device": device.type,
         "parameters": sum(p.numel() for p in network.parameters()),
-        "peak_rss_gb": round(peak / 1e9, 3),
+        "peak_gb": round(peak / 1e9, 3),
+        "predicted_gb": round(predicted.phases["step"] / 1e9, 3),
         "seconds": round(seconds, 2),
     }
 
@@ -70,9 +80,8 @@ def in_fresh_process(method: str, arguments: argparse.Namespace) -> dict:
     size = [str(side) for side in arguments.size]
     command = [sys.executable, __file__, "--method", method, "--batch", str(arguments.batch), "--size", *size]
     command += ["--steps", str(arguments.steps)]
-    if arguments.precision:
-        command += ["--precision", arguments.precision]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command += [part for text in arguments.settings for part in ("--set", text)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | PROMPT_MALLOC)
     if done.returncode:
         return {"method": method, "failed": (done.stderr.strip().splitlines() or ["killed"])[-1]}
     return json.loads(done.stdout)
@@ -80,10 +89,10 @@ def in_fresh_process(method: str, arguments: argparse.Namespace) -> dict:
 
 def table_row(row: dict) -> str:
     if "failed" in row:
-        return f"| {row['method']} | | | | {row['failed']} |"
+        return f"| {row['method']} | | | | | {row['failed']} |"
     return (
         f"| {row['method']} | {row['precision']} | {row['parameters'] / 1e6:.1f} M "
-        f"| {row['peak_rss_gb']:.2f} GB | {row['seconds']:.2f} s |"
+        f"| {row['peak_gb']:.2f} GB | {row['predicted_gb']:.2f} GB | {row['seconds']:.2f} s |"
     )
 
 
@@ -93,15 +102,19 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=3, default=(64, 256, 256), metavar=("D", "H", "W"))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="none: the recipe's")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="as for ctvae train")
     parser.add_argument("--steps", type=int, default=1, help="training steps; the last is timed")
     arguments = parser.parse_args()
-    if arguments.method:
-        cfg = load_recipe(arguments.method)
-        precision = arguments.precision or cfg.autoencoder.precision
+    arguments.settings += [f"autoencoder.precision={arguments.precision}"] if arguments.precision else []
+    if arguments.method and PROMPT_MALLOC.items() <= os.environ.items():
         depth, height, width = arguments.size
-        print(json.dumps(measure(cfg, (depth, height, width), precision, arguments.batch, arguments.steps)))
+        cfg = load_recipe(arguments.method, [*arguments.settings, f"autoencoder.batch={arguments.batch}"])
+        print(json.dumps(measure(cfg, (depth, height, width), arguments.steps)))
         return
-    print("| method | precision | parameters | peak over baseline | one step |\n|---|---|---|---|---|")
+    if arguments.method:  # the C library reads its variables when a process begins
+        print(json.dumps(in_fresh_process(arguments.method, arguments)))
+        return
+    print("| method | precision | parameters | peak over baseline | predicted | one step |\n|---|---|---|---|---|---|")
     for method in recipe_names():
         print(table_row(in_fresh_process(method, arguments)), flush=True)
 

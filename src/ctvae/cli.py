@@ -115,7 +115,14 @@ def train(
     window: Window = None,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0.01, help="Training time of both stages together. [default: the recipe's steps]"),
+        typer.Option(min=0.01, help="Training time of both stages together, at most. [default: the recipe's steps]"),
+    ] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.001, help="Set the steps to fill this time, from what one takes here.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Settings from a plan.yaml that `ctvae plan` wrote.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Train with what fits, e.g. 12GB. [default: the card's, else what is free]")
     ] = None,
 ) -> None:
     """Train an autoencoder, then its priors.
@@ -124,9 +131,13 @@ def train(
 
     Example: ctvae train dataset --out run --minutes 60
     """
+    from ctvae.planning.sizes import parse_memory
     from ctvae.training.train import train
 
-    run = train(dataset, out, method=method, stage=stage, overrides=_overrides(settings, window), minutes=minutes)
+    run = train(
+        dataset, out, method=method, stage=stage, overrides=_overrides(settings, window), minutes=minutes, hours=hours,
+        plan=plan, memory_gb=parse_memory(memory) if memory else None,
+    )  # fmt: skip
     typer.echo(run)
     if stage != "autoencoder":
         _next(f"ctvae generate {run} --out DIR -n 4")
@@ -144,13 +155,16 @@ def plan(
     ] = None,
     settings: Settings = None,
     window: Window = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.001, help="Set the steps to fill this time; trains a few to measure one.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write the settings to, e.g. plan.yaml.")] = None,
 ) -> None:
     """Say what fits the memory, before training.
 
-    Counts on tensors that have shapes and no memory: no GPU is needed, and nothing is trained. Where what was asked does
-    not fit, it changes batch, checkpointing or patch until it does.
+    Counts on tensors that have shapes and no memory: no GPU is needed, and without --hours nothing is trained. Where what
+    was asked does not fit, it changes batch, checkpointing or patch until it does.
 
     Example: ctvae plan --method wavelet3d --size 64x512x512 --memory 24GB
     """
@@ -163,6 +177,8 @@ def plan(
 
     available_gb = parse_memory(memory) if memory else None
     found = planner.weigh(method, planner.Source.asked(dataset, size), available_gb, _overrides(settings, window))
+    if hours and found.fits:
+        found = planner.with_hours(found, hours)
     if as_json:
         typer.echo(json.dumps(report.as_json(found)))
     if not found.fits:

@@ -146,7 +146,8 @@ class Training(Section):
 
     steps: Steps = Field(6000, description="optimisation steps; the learning rate decays to zero over them")
     minutes: float | None = Field(None, gt=0, description="stop here if steps are not done; the decay follows the clock")
-    batch: Steps = Field(1, description="groups (or patches) per step")
+    batch: Steps = Field(1, description="groups (or patches) at a time")
+    accumulate: Steps = Field(1, description="batches per step, one after the other: as one large batch, in less memory")
     optimizer: Literal["muon", "adam"] = "muon"
     lr: Positive = Field(6e-4, description="peak learning rate")
     weight_decay: float = Field(0.0, ge=0, description="decoupled; muon only")
@@ -257,6 +258,14 @@ def load_recipe(method: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _set(tree, override)
     return validated(tree, source=f"--set with method {method}" if overrides else path.name)
+
+
+def with_overrides(cfg: Config, overrides: Sequence[str]) -> Config:
+    """`cfg` with `key=value` overrides applied. Raises ConfigError."""
+    tree = cfg.model_dump(mode="json")
+    for override in overrides:
+        _set(tree, override)
+    return validated(tree, source="settings")
 
 
 def load_config(path: Path) -> Config:

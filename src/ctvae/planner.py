@@ -11,7 +11,7 @@ then half in depth). Settings that the caller has set are left alone. docs/plann
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from ctvae import files, intensity
-from ctvae.config import Config, Size3, Wavelet3D, load_recipe
+from ctvae.config import Config, Size3, Training, Wavelet3D, load_recipe
 from ctvae.dataset import Dataset
 from ctvae.errors import ConfigError, DoesNotFit, InputError
 from ctvae.model import TILE_VOXELS
@@ -30,7 +30,10 @@ from ctvae.planning.dry import TrainingCost
 from ctvae.planning.report import Plan, as_yaml, flow
 from ctvae.planning.sizes import parse_size, smaller, strides_for, written
 from ctvae.planning.workspace import Kernels
+from ctvae.runlog import MEMORY_SETTINGS
+from ctvae.training.pace import steps_for
 
+MEMORY_KEYS = frozenset(f"{section}.{key}" for section, keys in MEMORY_SETTINGS.items() for key in keys)
 KEPT_FREE = 0.1  # share of the memory that a plan leaves: the prediction's own error, and what else runs
 SMALLEST_TILE = (32, 64, 64)
 GB = 1e9
@@ -93,6 +96,14 @@ def weigh(method: str, source: Source, memory_gb: float | None = None, overrides
     return _Search(method, source, memory_gb or machine_memory_gb(), tuple(overrides)).best()
 
 
+def with_hours(found: Plan, hours: float) -> Plan:
+    """`found` with steps that take `hours` on this machine, measured: it trains a few steps for real, of both stages."""
+    steps = steps_for(load_recipe(found.method, found.overrides), hours)
+    counts = {key.replace(".", "_"): int(text) for key, _, text in (setting.partition("=") for setting in steps)}
+    kept = [text for text in found.overrides if text.partition("=")[0] not in {text.partition("=")[0] for text in steps}]
+    return replace(found, overrides=(*kept, *steps), plan={**found.plan, **counts})
+
+
 def machine_memory_gb() -> float:
     """The CUDA card's memory, or what is available of the machine's."""
     if torch.cuda.is_available():
@@ -143,6 +154,62 @@ class Option:
     changes: tuple[str, ...]
 
 
+def options(cfg: Config, pinned: Collection[str] = ()) -> Iterator[Option]:
+    """Ways to need less in the autoencoder's training, in their order, down to the least there is.
+
+    A smaller batch is made up for by accumulation. What is in `pinned` of the batch is left alone; of the rest it is told.
+    """
+    less: tuple[str, ...] = ()
+    least_batch = 2 if cfg.model.kind == "conv3d" else 1  # its BatchNorm needs more than one volume
+    if not {"autoencoder.batch", "autoencoder.accumulate"} & set(pinned):
+        for batch in _divisors(cfg.autoencoder.batch, least_batch):
+            less = _split("autoencoder", cfg.autoencoder, batch)
+            yield Option(f"a batch of {batch}", less)
+    if not isinstance(cfg.model, Wavelet3D):
+        return
+    if not cfg.model.checkpointing:
+        yield Option("checkpointing", (*less, "model.checkpointing=true"))
+    patches = list(smaller(dry.step_shape(cfg), cfg.model.grid))
+    for patch in patches:
+        yield Option(f"patches of {written(patch)}", (*less, f"data.patch={list(patch)}"))
+    if patches and not cfg.model.checkpointing:
+        both = (*less, "model.checkpointing=true", f"data.patch={list(patches[-1])}")
+        yield Option(f"patches of {written(patches[-1])} and checkpointing", both)
+
+
+def next_smaller(cfg: Config, stage: str, pinned: Collection[str] = ()) -> Option | None:
+    """The first way for `stage` (autoencoder or prior) to need less than `cfg` that changes nothing `pinned`."""
+    if stage == "autoencoder":
+        found = (option for option in options(cfg, pinned) if not _keys(option) & set(pinned))
+    else:
+        divisors = () if {"prior.batch", "prior.accumulate"} & set(pinned) else _divisors(cfg.prior.batch)
+        found = (Option(f"a batch of {batch}", _split("prior", cfg.prior, batch)) for batch in divisors)
+    return next(found, None)
+
+
+def strides_override(cfg: Config, source: Source, pinned: Collection[str] = ()) -> str | None:
+    """wavelet3d's strides for the data's spacing and slices, as a setting; None where they are `cfg`'s or `pinned`."""
+    if not isinstance(cfg.model, Wavelet3D) or source.spacing_mm is None or "model.strides" in pinned:
+        return None
+    strides = strides_for(source.spacing_mm, source.size, len(cfg.model.strides))
+    return None if strides == cfg.model.strides else f"model.strides={[list(step) for step in strides]}"
+
+
+def _divisors(number: int, least: int = 1) -> list[int]:
+    """Of `number`, below it, the largest first."""
+    return [n for n in range(number - 1, least - 1, -1) if number % n == 0]
+
+
+def _split(section: str, training: Training, batch: int) -> tuple[str, str]:
+    """As many volumes per step as before, `batch` at a time."""
+    together = training.batch * training.accumulate
+    return f"{section}.batch={batch}", f"{section}.accumulate={together // batch}"
+
+
+def _keys(option: Option) -> set[str]:
+    return {change.partition("=")[0] for change in option.changes}
+
+
 @dataclass(frozen=True)
 class _Search:
     method: str
@@ -155,7 +222,7 @@ class _Search:
         asked = load_recipe(self.method, base)
         tried = [(Option("the settings as they are", ()), dry.training(asked, self._kernels))]
         chosen = tried[0] if self._fits(tried[0][1].peak) else None
-        for option in self._options(asked) if chosen is None else ():
+        for option in options(asked, self._pinned) if chosen is None else ():
             cfg = load_recipe(self.method, (*base, *option.changes))
             if not self._promising(cfg, asked, tried[0][1]):
                 continue
@@ -174,11 +241,10 @@ class _Search:
         """What was asked, made definite: strides from the spacing, shape on the grid."""
         settings = self.asked
         cfg = load_recipe(self.method, settings)
-        if isinstance(cfg.model, Wavelet3D) and self.source.spacing_mm and "model.strides" not in self._pinned:
-            strides = strides_for(self.source.spacing_mm, self.source.size, len(cfg.model.strides))
-            if strides != cfg.model.strides:
-                settings = (*settings, f"model.strides={[list(step) for step in strides]}")
-                cfg = load_recipe(self.method, settings)
+        strides = strides_override(cfg, self.source, self._pinned)
+        if strides is not None:
+            settings = (*settings, strides)
+            cfg = load_recipe(self.method, settings)
         shape = intensity.multiple_above(cfg.data.shape or self.source.size, cfg.model.grid)
         return (*settings, f"data.shape={list(shape)}")
 
@@ -188,29 +254,11 @@ class _Search:
 
     def _free(self, option: Option) -> bool:
         """Whether an option changes nothing that the caller has set."""
-        return not self._pinned & {change.partition("=")[0] for change in option.changes}
-
-    def _options(self, cfg: Config) -> Iterator[Option]:
-        """Ways to need less than what was asked, down to the least there is."""
-        less: tuple[str, ...] = ()
-        least_batch = 2 if cfg.model.kind == "conv3d" else 1  # its BatchNorm needs more than one volume
-        if cfg.autoencoder.batch > least_batch and "autoencoder.batch" not in self._pinned:
-            less = (f"autoencoder.batch={least_batch}",)
-            yield Option(f"a batch of {least_batch}", less)
-        if not isinstance(cfg.model, Wavelet3D):
-            return
-        if not cfg.model.checkpointing:
-            yield Option("checkpointing", (*less, "model.checkpointing=true"))
-        patches = list(smaller(dry.step_shape(cfg), cfg.model.grid))
-        for patch in patches:
-            yield Option(f"patches of {written(patch)}", (*less, f"data.patch={list(patch)}"))
-        if patches and not cfg.model.checkpointing:
-            both = (*less, "model.checkpointing=true", f"data.patch={list(patches[-1])}")
-            yield Option(f"patches of {written(patches[-1])} and checkpointing", both)
+        return not self._pinned & _keys(option)
 
     def _promising(self, cfg: Config, asked: Config, cost: TrainingCost) -> bool:
         """Whether smaller volumes may fit, were all but weights and the like in proportion to them; spares most dry runs."""
-        share = math.prod(dry.step_shape(cfg)) / math.prod(dry.step_shape(asked))
+        share = _voxels(cfg) / _voxels(asked)
         scaled = (cost.activations + cost.workspace) * share
         return share == 1 or self._fits((cost.phases["step"] - cost.activations - cost.workspace + scaled) / 1.2)
 
@@ -224,7 +272,7 @@ class _Search:
         cfg = load_recipe(self.method, (*base, *option.changes))
         use = self._use(cfg)
         prior_batch, prior = self._prior(cfg)
-        changed = (f"prior.batch={prior_batch}",) if prior_batch != cfg.prior.batch else ()
+        changed = _split("prior", cfg.prior, prior_batch) if prior_batch != cfg.prior.batch else ()
         fits = chosen is not None and self._fits(max(use.encoding, use.decoding, *prior.values()))
         return Plan(
             method=self.method,
@@ -262,21 +310,23 @@ class _Search:
         return use
 
     def _prior(self, cfg: Config) -> tuple[int, dict[str, int]]:
-        """The prior's batch, halved until it fits, and its peaks by phase: linear in the batch."""
+        """The prior's largest batch that fits, made up for by accumulation, and its peaks by phase: linear in the batch."""
 
         def peaks(batch: int) -> dict[str, int]:
             settled = cfg.model_copy(update={"prior": cfg.prior.model_copy(update={"batch": batch})})
             return dry.prior(settled, self.source.groups, self._kernels)
 
-        batch = whole = cfg.prior.batch
+        whole = cfg.prior.batch
         largest = phases = peaks(whole)
-        if self._fits(max(phases.values())) or batch == 1 or "prior.batch" in self._pinned:
-            return batch, phases
+        pinned = {"prior.batch", "prior.accumulate"} & self._pinned
+        if self._fits(max(phases.values())) or whole == 1 or pinned:
+            return whole, phases
         smallest = peaks(1)
-        while batch > 1 and not self._fits(max(phases.values())):
-            batch //= 2
+        for batch in _divisors(whole):
             share = (batch - 1) / (whole - 1)
             phases = {name: round(low + share * (largest[name] - low)) for name, low in smallest.items()}
+            if self._fits(max(phases.values())):
+                break
         return batch, phases
 
     # --- in words --------------------------------------------------------------------------------------------------------
@@ -325,12 +375,17 @@ class Use:
     decoding: int
 
 
+def _voxels(cfg: Config) -> int:
+    return cfg.autoencoder.batch * math.prod(dry.step_shape(cfg))
+
+
 def _chosen(cfg: Config, tile: Size3, prior_batch: int) -> dict[str, Any]:
     tiled = isinstance(cfg.model, Wavelet3D)
     return {
         "whole_volume": cfg.data.patch is None,
         "patch": cfg.data.patch,
         "batch": cfg.autoencoder.batch,
+        "accumulate": cfg.autoencoder.accumulate,
         "checkpointing": isinstance(cfg.model, Wavelet3D) and cfg.model.checkpointing,
         "precision": cfg.autoencoder.precision,
         "strides": cfg.model.strides if isinstance(cfg.model, Wavelet3D) else None,
@@ -344,6 +399,7 @@ def _definite(settings: tuple[str, ...], cfg: Config) -> tuple[str, ...]:
     spelled = {
         "data.patch": "null" if cfg.data.patch is None else str(list(cfg.data.patch)),
         "autoencoder.batch": str(cfg.autoencoder.batch),
+        "autoencoder.accumulate": str(cfg.autoencoder.accumulate),
         "autoencoder.precision": cfg.autoencoder.precision,
     }
     if isinstance(cfg.model, Wavelet3D):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ from ctvae.errors import ConfigError, InputError, ModelError
 from ctvae.version import __version__
 
 MOST_STATE_BYTES = 2**24
+MEMORY_SETTINGS = {  # a plan for less or more memory changes these; the network's weights stay what they are
+    "model": ("checkpointing",),
+    "data": ("patch",),
+    "autoencoder": ("batch", "accumulate"),
+    "prior": ("batch", "accumulate"),
+}
 
 
 class Run:
@@ -34,26 +41,39 @@ class Run:
         self.folder = folder
 
     @classmethod
-    def create_or_resume(cls, folder: Path, cfg: Config, dataset_fingerprint: str) -> Run:
-        """Raises ConfigError where the folder holds a run with other settings or data."""
+    def create_or_resume(
+        cls, folder: Path, cfg: Config, dataset_fingerprint: str, planned: Sequence[str] = (), replanned: bool = False
+    ) -> Run:
+        """`planned`: those of the settings that nobody asked for, to resume with. `replanned`: they may be others than before.
+
+        Raises ConfigError where the folder holds a run with other settings or data.
+        """
         run = cls(folder)
         for written in (folder, folder / "checkpoints", folder / "logs", folder / "previews"):
             files.sweep(written)
         if run.config_path.exists():
-            run._check(cfg, dataset_fingerprint)
+            run._check(cfg, dataset_fingerprint, replanned)
+            if list(planned) != run.state.get("planned", []):
+                run.replan(cfg, planned)
             return run
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: is a file; --out names a folder")
         if folder.exists() and any(path.name != "run.json" and not files.is_partial(path) for path in folder.iterdir()):
             # run.json alone: stopped right below.
             raise InputError(f"{folder}: is neither empty nor a ctvae run; choose another folder for --out")
-        files.write_json(run.folder / "run.json", {"ctvae": __version__, "dataset": dataset_fingerprint, "stages": {}})
+        state = {"ctvae": __version__, "dataset": dataset_fingerprint, "stages": {}, "planned": list(planned)}
+        files.write_json(run.folder / "run.json", state)
         files.write_text(run.config_path, dump_config(cfg))
         return run
 
-    def _check(self, cfg: Config, dataset_fingerprint: str) -> None:
+    def replan(self, cfg: Config, planned: Sequence[str]) -> None:
+        """From here on with these settings, which differ in what a plan decides only."""
+        files.write_text(self.config_path, dump_config(cfg))
+        self.note(planned=list(planned))
+
+    def _check(self, cfg: Config, dataset_fingerprint: str, replanned: bool) -> None:
         old = load_config(self.config_path)
-        if _without_minutes(old) != _without_minutes(cfg):  # more or fewer minutes: the same run, ended sooner or later
+        if _comparable(old, replanned) != _comparable(cfg, replanned):
             raise ConfigError(
                 f"{self.folder}: was begun with other settings ({_differences(old, cfg)}); "
                 "repeat the first command or choose another --out"
@@ -160,14 +180,14 @@ class Curve:
             self._writer.close()
 
 
-def _without_minutes(cfg: Config) -> Config:
-    return cfg.model_copy(
-        update={
-            "autoencoder": cfg.autoencoder.model_copy(update={"minutes": None}),
-            "polish": cfg.polish.model_copy(update={"minutes": None}),
-            "prior": cfg.prior.model_copy(update={"minutes": None}),
-        }
-    )
+def _comparable(cfg: Config, replanned: bool) -> dict[str, Any]:
+    """What makes a run that run: not its minutes (it ends sooner or later), nor what memory decides where it is planned anew."""
+    tree = cfg.model_dump(mode="json")
+    for name, section in tree.items():
+        for key in ("minutes", *(MEMORY_SETTINGS.get(name, ()) if replanned else ())):
+            if isinstance(section, dict):
+                section.pop(key, None)
+    return tree
 
 
 def _differences(old: Config, new: Config) -> str:

@@ -12,16 +12,14 @@ KL autoencoder: Kingma and Welling 2014, Rombach et al. 2022; Haar stem: as in H
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ctvae import haar
 from ctvae.config import Size3, Wavelet3D
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.blocks import Conv, ResBlock
+from ctvae.models.recompute import save_memory
 
 INITIAL_LOGVAR = -6.0  # posteriors begin narrow: with sigma near 1 the first steps would learn from noise
 
@@ -87,8 +85,7 @@ class Wavelet3DVAE(Autoencoder):
         self.latent_shape = (cfg.latent_channels, d, h, w)
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
-        if cfg.checkpointing:
-            checkpoint_blocks(self)
+        save_memory(self, cfg.checkpointing)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B 1 D H W] in -1..1 -> mean and log variance, [B Z d h w] each."""
@@ -116,19 +113,3 @@ def halo(cfg: Wavelet3D) -> Size3:
             voxels += step * convolutions
         reach.append(math.ceil(voxels / scale) + 1)
     return reach[0], reach[1], reach[2]
-
-
-def checkpoint_blocks(model: nn.Module) -> None:
-    """Recompute every residual block in the backward pass (Chen et al. 2016); the layers stay textbook."""
-    for module in model.modules():
-        if isinstance(module, ResBlock):
-            module.forward = recomputed(module.forward)  # type: ignore[method-assign, assignment]
-
-
-def recomputed(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`forward` that keeps its input only and runs again when the gradient is asked for."""
-
-    def checkpointed(x: Tensor) -> Tensor:
-        return checkpoint(forward, x, use_reentrant=False) if torch.is_grad_enabled() else forward(x)
-
-    return checkpointed

@@ -68,6 +68,9 @@ def training(cfg: Config, kernels: Kernels) -> TrainingCost:
         optimizer = _after_a_step(network, settings)
         standing = ledger.live_bytes
         objective = Objective(network, settings, cfg.data.window_hu)
+        if settings.accumulate == 1:  # else the batches before have left theirs
+            optimizer.zero_grad(set_to_none=True)
+            standing = ledger.live_bytes
 
         ledger.since()
         flops_before = ledger.flops
@@ -236,8 +239,7 @@ def _after_a_step(network: nn.Module, settings: Training) -> torch.optim.Optimiz
 
 
 def _descend(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, settings: Training) -> None:
-    """From the loss to the averaged weights, in the loops' order: the old gradients are there during the forward pass."""
-    optimizer.zero_grad(set_to_none=True)
+    """From the loss to the averaged weights, in the loops' order."""
     loss.backward()
     nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
     optimizer.step()
@@ -285,6 +287,8 @@ def _flow_step(name: str, network: nn.Module, batch: Callable, settings: Prior, 
         to_channels_last(network)
     ema = EMA(network, settings.ema_decay)
     optimizer = _after_a_step(network, settings)
+    if settings.accumulate == 1:
+        optimizer.zero_grad(set_to_none=True)
     ledger.since()
     data = batch()
     with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):

@@ -20,6 +20,7 @@ from ctvae.models.autoencoder import Autoencoder
 from ctvae.progress import Progress
 from ctvae.runlog import Clock, Curve, Run
 from ctvae.training.groups import TrainingGroups
+from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
 
 VALIDATION_GROUPS = 4
@@ -87,7 +88,10 @@ def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validatio
     window: dict[str, Tensor] = {}
     step, logged, held_out = start, start, math.nan
 
-    with Progress("autoencoder", total=settings.steps) as bar:
+    def keep() -> None:
+        checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds})
+
+    with Progress("autoencoder", total=settings.steps) as bar, kept_when_memory_runs_out(optimizer, lambda: step, keep):
         while True:
             progress = clock.progress(step)
             last = progress >= 1.0
@@ -105,23 +109,24 @@ def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validatio
                 bar.update(step, loss=total, seconds_left=clock.seconds_left(step, start))
                 window, logged = {}, step
             if step > start and (last or step % settings.save_every == 0):
-                checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds})
+                keep()
                 with ema.applied_to(network):
                     held_out = validate(network, validation, run, cfg)
             if last:
                 break
 
-            # One optimisation step. Randomness depends on (seed, step) alone.
-            x = fabric.to_device(training.batch(settings.batch, cfg.seed, step))  # [B 1 D H W]
+            # One optimisation step of `accumulate` batches. Randomness depends on (seed, step) alone.
             optimizer.param_groups[0]["lr"] = clock.lr(step, progress)
-            terms = objective(x, generator(cfg.seed, step))
             fabric_optimizer.zero_grad(set_to_none=True)
-            fabric.backward(sum(terms.values()))
+            for part in range(step * settings.accumulate, (step + 1) * settings.accumulate):
+                x = fabric.to_device(training.batch(settings.batch, cfg.seed, part))  # [B 1 D H W]
+                terms = objective(x, generator(cfg.seed, part))
+                fabric.backward(sum(terms.values()) / settings.accumulate)
+                for name, value in terms.items():
+                    window[name] = window.get(name, 0.0) + value.detach().float() / settings.accumulate
             nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
             fabric_optimizer.step()
             ema.update(network, step)
-            for name, value in terms.items():
-                window[name] = window.get(name, 0.0) + value.detach().float()
             step += 1
 
     curve.close()

@@ -25,6 +25,7 @@ from ctvae.models.velocity import UNet, VectorNet, Velocity
 from ctvae.progress import Progress
 from ctvae.runlog import Clock, Curve, Run
 from ctvae.training.groups import CONDITIONS, TrainingGroups, conditions
+from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
 from ctvae.wiener import WienerVelocity
 
@@ -155,7 +156,10 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data) -> dict[st
     window = torch.zeros((), device=fabric.device)
     step, logged, held_out = start, start, math.nan
 
-    with Progress("prior: flow", total=settings.steps) as bar:
+    def keep() -> None:
+        checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds})
+
+    with Progress("prior: flow", total=settings.steps) as bar, kept_when_memory_runs_out(optimizer, lambda: step, keep):
         while True:
             progress = clock.progress(step)
             last = progress >= 1.0
@@ -173,21 +177,22 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data) -> dict[st
                 window.zero_()
                 logged = step
             if step > start and (last or step % settings.save_every == 0):
-                checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds})
+                keep()
                 held_out = held_out_loss(network, ema, data, settings.precision)
             if last:
                 break
 
-            # One optimisation step. Randomness depends on (seed, step) alone.
-            batch = to_device(data.batches(data.training, step), fabric.device)
+            # One optimisation step of `accumulate` batches. Randomness depends on (seed, step) alone.
             optimizer.param_groups[0]["lr"] = clock.lr(step, progress)
-            loss = objective(batch, generator(cfg.seed, step)).mean()
             fabric_optimizer.zero_grad(set_to_none=True)
-            fabric.backward(loss)
+            for part in range(step * settings.accumulate, (step + 1) * settings.accumulate):
+                batch = to_device(data.batches(data.training, part), fabric.device)
+                loss = objective(batch, generator(cfg.seed, part)).mean() / settings.accumulate
+                fabric.backward(loss)
+                window += loss.detach()
             nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
             fabric_optimizer.step()
             ema.update(network, step)
-            window += loss.detach()
             step += 1
 
     curve.close()

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ctvae.checkpoint import load
-from ctvae.config import Config, load_config, load_recipe
+from ctvae.config import Config
 from ctvae.dataset import Dataset
 from ctvae.errors import ConfigError, ModelError
 from ctvae.latents import LatentSet
 from ctvae.models import build
 from ctvae.runlog import Run
 from ctvae.training.autoencoder import train_autoencoder
-from ctvae.training.groups import TrainingGroups, training_shape
+from ctvae.training.groups import TrainingGroups
+from ctvae.training.memory import repeated_smaller
+from ctvae.training.pace import shares
 from ctvae.training.polish import polish_decoder
 from ctvae.training.prior import encode_groups, train_prior
+from ctvae.training.settings import HOURS_KEYS, Asked, Settled, chosen, settle, smaller, with_hours
 
 STAGES = ("autoencoder", "prior", "both")
-SHARES = {"autoencoder": 0.8, "polish": 0.0, "prior": 0.2}  # of --minutes; vector priors are quick
-POLISHED_SHARES = {"autoencoder": 0.3, "polish": 0.12, "prior": 0.58}
 
 
 def train(
@@ -32,43 +36,86 @@ def train(
     stage: str = "both",
     overrides: Sequence[str] = (),
     minutes: float | None = None,
+    plan: Path | str | None = None,
+    memory_gb: float | None = None,
+    hours: float | None = None,
 ) -> Path:
     """Train `method`'s autoencoder and then its priors on a prepared dataset; the same call again resumes.
 
-    `minutes` is shared between the stages; without it each runs its recipe's steps. `method` none: what the run folder
-    says, else wavelet3d. Returns the run folder. Raises InputError, ConfigError, ModelError or TrainingDiverged.
+    `minutes` is shared between the stages and ends them early; without it each runs its recipe's steps. `hours` ends them
+    too, and sets the steps to fill that time, from what one takes here. `method` none: what the run folder says, else
+    wavelet3d. `plan` is a plan.yaml; `memory_gb` plans for that much. By default the machine's memory is looked at, and
+    what was asked is changed only where it does not fit. Returns the run folder.
+
+    Raises InputError, ConfigError, ModelError, DoesNotFit or TrainingDiverged.
     """
-    if stage not in STAGES:
-        raise ConfigError(f"unknown stage '{stage}' (known: {', '.join(STAGES)})")
-    if minutes is not None and minutes <= 0:
-        raise ConfigError(f"minutes {minutes:g}: training needs more than 0")
+    _refuse_nonsense(stage, minutes, hours)
     data, folder = Dataset.open(Path(dataset)), Path(out)
-    cfg = _settings(data, folder, method, overrides, stage, minutes)
-    run = Run.create_or_resume(folder, cfg, data.fingerprint)
-    if stage != "prior" and not run.stage_done("autoencoder"):
-        train_autoencoder(run, cfg, _groups(data, cfg, "train"), _groups(data, cfg, "validation"))
-    if stage != "prior" and cfg.polish.enabled and not run.stage_done("polish"):
-        polish_decoder(run, cfg, _groups(data, cfg, "train"), _groups(data, cfg, "validation"))
-    if stage != "autoencoder" and not run.stage_done("prior"):
-        train_prior(run, cfg, *_latents(run, data, cfg))
+    asked = Asked(tuple(overrides), method, Path(plan) if plan is not None else None, memory_gb)
+    if hours is not None and asked.pinned & HOURS_KEYS:
+        raise ConfigError(f"hours {hours:g} set the steps; leave out --set {min(asked.pinned & HOURS_KEYS)}")
+    settled = settle(data, folder, asked)
+    if settled.note:
+        say(f"plan: {settled.note} ({chosen(settled.cfg)})")
+    if hours is not None:
+        settled, minutes = with_hours(settled, hours, stage), 60 * hours
+    settled = replace(settled, cfg=_timed(settled.cfg, stage, minutes))
+    replanned = plan is not None or memory_gb is not None
+    run = Run.create_or_resume(folder, settled.cfg, data.fingerprint, settled.planned, replanned)
+    _Stages(run, data, asked, settled).train(stage)
     return folder
 
 
-def _settings(
-    data: Dataset, folder: Path, method: str | None, overrides: Sequence[str], stage: str, minutes: float | None
-) -> Config:
-    saved = folder / "config.yaml"
-    if method is None and saved.exists():
-        method = load_config(saved).method
-    cfg = load_recipe(method or "wavelet3d", overrides)
-    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"shape": training_shape(data, cfg)})})
+class _Stages:
+    """The stages of a run, each done again with a smaller plan where its memory runs out."""
+
+    def __init__(self, run: Run, data: Dataset, asked: Asked, settled: Settled):
+        self.run, self.data, self.asked, self.settled = run, data, asked, settled
+
+    def train(self, stage: str) -> None:
+        if stage != "prior" and not self.run.stage_done("autoencoder"):
+            repeated_smaller(self._autoencoder, self.settled.cfg, partial(self._smaller, "autoencoder"))
+        if stage != "prior" and self.settled.cfg.polish.enabled and not self.run.stage_done("polish"):
+            polish_decoder(self.run, self.settled.cfg, *self._split())
+        if stage != "autoencoder" and not self.run.stage_done("prior"):
+            repeated_smaller(self._prior, self.settled.cfg, partial(self._smaller, "prior"))
+
+    def _autoencoder(self, cfg: Config) -> None:
+        train_autoencoder(self.run, cfg, *self._split())
+
+    def _split(self) -> tuple[TrainingGroups, TrainingGroups]:
+        training, validation = (_groups(self.data, self.settled.cfg, split) for split in ("train", "validation"))
+        return training, validation
+
+    def _prior(self, cfg: Config) -> None:
+        train_prior(self.run, cfg, *_latents(self.run, self.data, cfg))
+
+    def _smaller(self, stage: str, _: Config, step: int) -> Config | None:
+        """Settings for less memory, written to the run folder."""
+        less = smaller(self.settled, self.asked, stage)
+        if less is None:
+            return None
+        say(f"memory ran out at step {step} of the {stage}: going on from there with {less.note}")
+        self.settled = less
+        self.run.replan(less.cfg, less.planned)
+        return less.cfg
+
+
+def _refuse_nonsense(stage: str, minutes: float | None, hours: float | None) -> None:
+    if stage not in STAGES:
+        raise ConfigError(f"unknown stage '{stage}' (known: {', '.join(STAGES)})")
+    if minutes is not None and hours is not None:
+        raise ConfigError("minutes and hours: say one of them")
+    for name, value in (("minutes", minutes), ("hours", hours)):
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name} {value:g}: training needs more than 0")
+
+
+def _timed(cfg: Config, stage: str, minutes: float | None) -> Config:
     if minutes is None:
         return cfg
-    shares = POLISHED_SHARES if cfg.polish.enabled else SHARES
-    asked = {"autoencoder": ("autoencoder", "polish"), "prior": ("prior",), "both": tuple(shares)}[stage]
-    total = sum(shares[name] for name in asked)
     sections = {
-        name: getattr(cfg, name).model_copy(update={"minutes": minutes * shares[name] / total}) for name in asked if shares[name]
+        name: getattr(cfg, name).model_copy(update={"minutes": minutes * share}) for name, share in shares(cfg, stage).items()
     }
     return cfg.model_copy(update=sections)
 
@@ -93,3 +140,7 @@ def _latents(run: Run, data: Dataset, cfg: Config) -> tuple[LatentSet, LatentSet
         if data.groups("validation"):
             encode_groups(network, _groups(data, cfg, "validation"), 1, cfg.seed, precision).save(validation)
     return LatentSet.load(training), LatentSet.load(validation) if validation.exists() else None
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,168 @@
+"""A run's settings, from what was asked: recipe, plan file, the run's own record, the dataset's geometry, the memory.
+
+Later ones win:  recipe  <  decided here (strides; a plan where memory is short)  <  plan.yaml  <  --set
+
+What was decided is written to run.json as `planned`, so that the same command resumes with it, whatever is free by then.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ctvae import intensity, planner
+from ctvae.config import Config, Size3, Wavelet3D, load_config, load_recipe, with_overrides
+from ctvae.dataset import Dataset
+from ctvae.errors import ConfigError, DoesNotFit
+from ctvae.planning.sizes import written
+from ctvae.training.groups import training_shape
+from ctvae.training.pace import steps_for
+
+SURELY_BYTES = 16_384  # per voxel of a batch: thirty times what any recipe takes. With less than that there is a plan to make
+SURELY_GB = 1.0  # and this for weights and the prior
+
+HOURS_KEYS = {"autoencoder.steps", "prior.steps"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a person said of a run. `plan`: a plan.yaml; `memory_gb`: plan for that much, even where it all fits."""
+
+    overrides: tuple[str, ...] = ()
+    method: str | None = None
+    plan: Path | None = None
+    memory_gb: float | None = None
+
+    @property
+    def pinned(self) -> set[str]:
+        """Keys that are left alone."""
+        return {text.partition("=")[0] for text in self.overrides}
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A run's settings; `planned` are those of them that were decided here, and `note` says why, in one line or none."""
+
+    cfg: Config
+    planned: tuple[str, ...] = ()
+    note: str = ""
+
+
+def settle(dataset: Dataset, folder: Path, asked: Asked) -> Settled:
+    """Raises ConfigError, InputError or DoesNotFit."""
+    if asked.plan is not None and asked.memory_gb is not None:
+        raise ConfigError(f"{asked.plan} says what to train with; leave out --memory, or --plan to plan anew")
+    method = _method(folder, asked)
+    begun = (folder / "config.yaml").exists()
+    planned = _recorded(folder) if begun else ()
+    if asked.plan is not None:
+        planned = _merged(planned, planner.plan_overrides(asked.plan))
+        return _settled(dataset, method, planned, asked, f"settings from {asked.plan}")
+    if begun and asked.memory_gb is None:
+        return _settled(dataset, method, planned, asked, "")
+    planned = _merged([text for text in planned if _key(text) not in planner.MEMORY_KEYS], _strides(dataset, method, asked))
+    settled = _settled(dataset, method, planned, asked, "")
+    if asked.memory_gb is None and _surely_fits(settled.cfg):
+        return settled
+    source = planner.Source.of(dataset)
+    found = planner.weigh(method, source, asked.memory_gb, (*planned, *asked.overrides))
+    if not found.fits:
+        raise DoesNotFit(found.note)
+    if found.as_asked:
+        return replace(settled, note=found.note if asked.memory_gb else "")
+    changed = [text for text in found.overrides if _key(text) in planner.MEMORY_KEYS - asked.pinned]
+    return _settled(dataset, method, _merged(planned, changed), asked, found.note)
+
+
+def smaller(settled: Settled, asked: Asked, stage: str) -> Settled | None:
+    """The next smaller plan for `stage` (autoencoder or prior), after its memory ran out; None where there is none."""
+    option = planner.next_smaller(settled.cfg, stage, asked.pinned)
+    if option is None:
+        return None
+    planned = _merged(settled.planned, option.changes)
+    return Settled(with_overrides(settled.cfg, option.changes), planned, option.label)
+
+
+def with_hours(settled: Settled, hours: float, stage: str) -> Settled:
+    """Steps to fill `hours`, measured here, unless the run was begun with some."""
+    known = {_key(text) for text in settled.planned}
+    wanted = {"autoencoder.steps"} if stage == "autoencoder" else {"prior.steps"} if stage == "prior" else HOURS_KEYS
+    if wanted <= known:
+        return settled
+    steps = [text for text in steps_for(settled.cfg, hours, stage) if _key(text) not in known]
+    return Settled(with_overrides(settled.cfg, steps), _merged(settled.planned, steps), settled.note)
+
+
+def _settled(dataset: Dataset, method: str, planned: Sequence[str], asked: Asked, note: str) -> Settled:
+    cfg = load_recipe(method, _merged(planned, asked.overrides))
+    sizes = {"shape": training_shape(dataset, cfg), "patch": _on_the_grid(cfg)}
+    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update=sizes)})
+    return Settled(cfg, tuple(text for text in planned if _key(text) not in asked.pinned), note)
+
+
+def _on_the_grid(cfg: Config) -> Size3 | None:
+    """The patch that was asked for, up to the next size that the network takes."""
+    if cfg.data.patch is None:
+        return None
+    if not isinstance(cfg.model, Wavelet3D):
+        raise ConfigError(f"data.patch: {cfg.method} trains on whole groups; patches are for wavelet3d")
+    return intensity.multiple_above(cfg.data.patch, cfg.model.grid)
+
+
+def _method(folder: Path, asked: Asked) -> str:
+    if asked.plan is not None:
+        planned = planner.plan_method(asked.plan)
+        if asked.method not in (None, planned):
+            raise ConfigError(f"{asked.plan}: is a plan for {planned}, not for {asked.method}; leave out --method")
+        return planned
+    saved = folder / "config.yaml"
+    if asked.method is None and saved.exists():
+        return load_config(saved).method
+    return asked.method or "wavelet3d"
+
+
+def _recorded(folder: Path) -> tuple[str, ...]:
+    try:
+        return tuple(json.loads((folder / "run.json").read_text()).get("planned", ()))
+    except (OSError, ValueError):
+        return ()  # Run says what is wrong with it
+
+
+def _strides(dataset: Dataset, method: str, asked: Asked) -> list[str]:
+    """wavelet3d's strides from spacing and slice count, where they are not the recipe's and nobody has set them."""
+    cfg = load_recipe(method, asked.overrides)
+    if not isinstance(cfg.model, Wavelet3D):
+        return []
+    override = planner.strides_override(cfg, planner.Source.of(dataset), asked.pinned)
+    return [override] if override else []
+
+
+def _surely_fits(cfg: Config) -> bool:
+    assert cfg.data.shape is not None
+    voxels = math.prod(cfg.data.shape) * cfg.autoencoder.batch
+    return voxels * SURELY_BYTES / planner.GB + SURELY_GB < planner.machine_memory_gb() * (1 - planner.KEPT_FREE)
+
+
+def _merged(first: Sequence[str], then: Sequence[str]) -> tuple[str, ...]:
+    """Settings of both; where a key is in both, the later value."""
+    return tuple({_key(text): text for text in (*first, *then)}.values())
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
+def chosen(cfg: Config) -> str:
+    """What memory decides, in words."""
+    assert cfg.data.shape is not None
+    size = f"patches of {written(cfg.data.patch)}" if cfg.data.patch else f"whole groups of {written(cfg.data.shape)}"
+    parts = [size, f"batch {_batch(cfg.autoencoder)}", f"prior batch {_batch(cfg.prior)}"]
+    return ", ".join(parts + ["checkpointing"] * (isinstance(cfg.model, Wavelet3D) and cfg.model.checkpointing))
+
+
+def _batch(training: object) -> str:
+    batch, accumulate = training.batch, training.accumulate  # type: ignore[attr-defined]
+    return f"{batch} x {accumulate}" if accumulate > 1 else str(batch)

@@ -1,0 +1,108 @@
+"""Operations by slabs and recomputed parts against the plain network, in numbers and in bytes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from ctvae.config import Wavelet3D, load_recipe
+from ctvae.device import place
+from ctvae.models import build, recompute
+from ctvae.models.blocks import ChannelNorm, ResBlock
+from ctvae.models.recompute import by_slabs, slabs
+from ctvae.planning import dry
+from ctvae.planning.workspace import Kernels
+from ctvae.training.autoencoder import Objective
+
+SHAPE = (2, 16, 12, 8, 8)  # B C D H W
+
+
+@pytest.fixture
+def small_slabs(monkeypatch):
+    monkeypatch.setattr(recompute, "SLAB_NUMBERS", 5 * SHAPE[0] * SHAPE[1] * SHAPE[3] * SHAPE[4])  # five slices, and two left
+
+
+def test_slabs_cover_the_slices_once(small_slabs):
+    assert list(slabs(torch.Size(SHAPE))) == [slice(0, 5), slice(5, 10), slice(10, 12)]
+    assert list(slabs(torch.Size((1, 1, 7, 1, 1)))) == [slice(0, 7)]
+    assert list(slabs(torch.Size((1, 4096, 2, 64, 64)))) == [slice(0, 1), slice(1, 2)], "a slice that is too large stays whole"
+
+
+def summed_in(dtype: torch.dtype) -> float:
+    """How far apart sums in another order may be, of the largest; bf16 sums are rounded once per slab."""
+    return 2**-7 if dtype is torch.bfloat16 else 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_norm_by_slabs_is_the_norm(small_slabs, dtype, autocast):
+    torch.manual_seed(0)
+    norm = ChannelNorm(SHAPE[1])
+    norm.weight.data.uniform_(0.5, 2.0)
+    x = (3 * torch.randn(SHAPE)).to(dtype).to(memory_format=torch.channels_last_3d)
+    cotangent = torch.randn(SHAPE).to(dtype)
+    results = []
+    for forward in (norm.forward, lambda x: by_slabs(norm, norm.forward, x)):
+        given = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = forward(given)
+        norm.weight.grad = None
+        y.backward(cotangent.to(y.dtype))
+        results.append((y.detach(), given.grad, norm.weight.grad))
+    (y, of_x, of_weight), (slab_y, slab_of_x, slab_of_weight) = results
+    assert torch.equal(y, slab_y)
+    assert y.stride() == slab_y.stride()
+    assert torch.equal(of_x, slab_of_x)
+    torch.testing.assert_close(of_weight, slab_of_weight, rtol=0, atol=summed_in(dtype) * of_weight.abs().max().item())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_whole_step_gives_the_plain_loss_and_gradients(small_slabs, monkeypatch, precision):
+    """Slabs and checkpointing against a network with neither: equal losses, gradients equal to 1e-5 of the largest.
+
+    In bf16 the norms' own weights, which are summed over all voxels in bf16, to the rounding of that.
+    """
+    steps = {}
+    for name, checkpointing in (("plain", False), ("slabs", False), ("recomputed", True)):
+        cfg = load_recipe("wavelet3d", [f"model.checkpointing={checkpointing}", "model.widths=[16,32]", "model.blocks=[1,2]"])
+        torch.manual_seed(0)
+        with monkeypatch.context() as patch:
+            if name == "plain":
+                patch.setattr("ctvae.models.wavelet3d.save_memory", lambda *_: None)
+            network = build(cfg.model, (24, 32, 32))
+        place(network, torch.device("cpu"))
+        for block in network.modules():
+            if isinstance(block, ResBlock):
+                torch.nn.init.normal_(block.conv2.weight, std=0.02)  # zero at first, and nothing would reach the norms
+        x = torch.rand(2, 1, 24, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            terms = Objective(network, cfg.autoencoder, (-1000, 1000))(x, torch.Generator().manual_seed(2))
+        sum(terms.values()).backward()
+        gradients = {key: parameter.grad for key, parameter in network.named_parameters()}
+        steps[name] = ({key: value.item() for key, value in terms.items()}, gradients)
+    losses, gradients = steps.pop("plain")
+    for other, others in steps.values():
+        assert other == losses
+        for key, plain in gradients.items():
+            apart = summed_in(torch.bfloat16 if precision == "bf16" and "norm" in key else torch.float32)
+            torch.testing.assert_close(others[key], plain, rtol=0, atol=apart * plain.abs().max().item())
+
+
+def test_a_copy_has_weights_of_its_own(small_slabs):
+    network = build(load_recipe("wavelet3d", ["model.checkpointing=true", "model.widths=[16,32]"]).model, (8, 16, 16))
+    twin = copy.deepcopy(network)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert network.encode(torch.ones(1, 1, 8, 16, 16))[1].abs().max() > 0
+    assert twin.encode(torch.ones(1, 1, 8, 16, 16))[1].abs().max() == 0
+    assert twin.state_dict().keys() == network.state_dict().keys()
+
+
+def test_what_it_saves():
+    """The ledger's account of the recipe, against what the issue asks for; 64x512x512 and 512^3 are in proportion to voxels."""
+    cfg = load_recipe("wavelet3d", ["data.shape=[64,256,256]", "model.checkpointing=true"])
+    assert isinstance(cfg.model, Wavelet3D)
+    cost = dry.training(cfg, Kernels())
+    assert cost.phases["step"] < 1e9
