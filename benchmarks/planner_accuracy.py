@@ -4,10 +4,10 @@
     python benchmarks/planner_accuracy.py --only wavelet3d   # those whose name has this in it
     python benchmarks/planner_accuracy.py --default-malloc   # with the C library's own settings
 
-What is measured is the real thing: `train_autoencoder` for two steps on four random groups, saving and validation
-included; `train_prior` for a step of each network; `Model.encode` and `Model.decode`. The baseline is the resident memory
-of the same process after the same work on a volume of the smallest size, so that Python, PyTorch and its kernels' code
-are in it; the peak is Linux's own high-water mark (VmHWM), which is reset at the baseline.
+What is measured is the real thing: `train_autoencoder` for two steps on four random groups, saving and validation included;
+`polish_decoder` likewise; `train_prior` for a step of each network; `Model.encode` and `Model.decode`. The baseline is the
+resident memory of the same process after the same work on a volume of the smallest size, so that Python, PyTorch and its
+kernels' code are in it; the peak is Linux's own high-water mark (VmHWM), which is reset at the baseline.
 
 Freed blocks go back to the system at once (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_), as the model assumes.
 With `--default-malloc` they may linger in the heap, and more is resident than PyTorch holds.
@@ -42,7 +42,8 @@ from ctvae.planning.sizes import parse_size, written
 from ctvae.planning.workspace import Kernels
 from ctvae.runlog import Run
 from ctvae.training.autoencoder import VALIDATION_GROUPS, train_autoencoder
-from ctvae.training.groups import TrainingGroups, latent_grid
+from ctvae.training.groups import TrainingGroups
+from ctvae.training.polish import polish_decoder
 from ctvae.training.prior import encode_groups, train_prior
 from ctvae.volume import Volume
 
@@ -62,18 +63,23 @@ class Setting:
         return " ".join([self.what, self.method, self.size, *self.overrides])
 
     def config(self, size: Size3) -> Config:
-        shape = multiple_above(size, latent_grid(load_recipe(self.method, self.overrides)))
-        steps = ("autoencoder.steps=2", "prior.steps=4", f"data.shape={list(shape)}")
+        shape = multiple_above(size, load_recipe(self.method, self.overrides).model.grid)
+        polished = f"polish.enabled={self.what == 'polish'}"
+        steps = ("autoencoder.steps=2", "polish.steps=2", "prior.steps=4", polished, f"data.shape={list(shape)}")
         return load_recipe(self.method, (*self.overrides, *steps))
 
 
+WHOLE = ("data.patch=null", "autoencoder.batch=1")
 CHECKPOINTING = ("model.checkpointing=true",)
 SETTINGS = [
     Setting("wavelet3d", "64x128x128"),
-    Setting("wavelet3d", "64x128x128", overrides=CHECKPOINTING),
-    Setting("wavelet3d", "64x256x256"),
-    Setting("wavelet3d", "64x256x256", overrides=CHECKPOINTING),
-    Setting("wavelet3d", "64x256x256", overrides=("data.patch=[64,128,128]",)),
+    Setting("wavelet3d", "64x128x128", overrides=WHOLE),
+    Setting("wavelet3d", "64x128x128", overrides=(*WHOLE, *CHECKPOINTING)),
+    Setting("wavelet3d", "64x256x256", overrides=WHOLE),
+    Setting("wavelet3d", "64x256x256", overrides=(*WHOLE, *CHECKPOINTING)),
+    Setting("wavelet3d", "64x256x256", overrides=("data.patch=[64,128,128]", "autoencoder.batch=1")),
+    Setting("wavelet3d", "64x128x128", what="polish"),
+    Setting("wavelet3d", "64x128x128", what="polish", overrides=("data.patch=null", "polish.batch=1")),
     Setting("wavelet3d", "64x256x256", what="encode"),
     Setting("wavelet3d", "64x256x256", what="decode"),
     Setting("wavelet3d", "64x128x128", what="prior"),
@@ -92,6 +98,8 @@ def predicted_bytes(setting: Setting) -> int:
     kernels = Kernels("cpu", torch.get_num_threads())
     if setting.what == "train":
         return dry.training(cfg, kernels).peak
+    if setting.what == "polish":
+        return dry.polish(cfg, kernels)
     if setting.what == "prior":
         return max(dry.prior(cfg, VALIDATION_GROUPS, kernels).values())
     use = {"encode": dry.encoding, "decode": dry.decoding}[setting.what]
@@ -118,7 +126,11 @@ def work(setting: Setting, size: Size3, folder: Path) -> dict[str, int]:
     before = baseline()
     train_autoencoder(run, cfg, groups, groups)
     peaks = {"train": high_water() - before}
-    if setting.what == "prior":
+    if setting.what == "polish":
+        before = baseline()
+        polish_decoder(run, cfg, groups, groups)
+        peaks["polish"] = high_water() - before
+    elif setting.what == "prior":
         before = baseline()
         train_prior(run, cfg, encoded(folder, cfg, groups), None)
         peaks["prior"] = high_water() - before

@@ -221,14 +221,6 @@ class Config(Section):
     prior: Prior = Prior()
 
     @model_validator(mode="after")
-    def _patch_fits_the_grid(self) -> Config:
-        grid = self.model.grid
-        if self.data.patch and any(size % step for size, step in zip(self.data.patch, grid, strict=True)):
-            fixed = tuple(max(step, round(size / step) * step) for size, step in zip(self.data.patch, grid, strict=True))
-            raise ValueError(f"data.patch {self.data.patch} is not a multiple of {grid}; try {fixed}")
-        return self
-
-    @model_validator(mode="after")
     def _only_spatial_decoders_are_polished(self) -> Config:
         if self.polish.enabled and self.model.kind != "wavelet3d":
             raise ValueError(f"polish.enabled: {self.model.kind} has no spatial latents; leave it false")

@@ -154,17 +154,14 @@ class Option:
     changes: tuple[str, ...]
 
 
-def options(cfg: Config, pinned: Collection[str] = ()) -> Iterator[Option]:
-    """Ways to need less in the autoencoder's training, in their order, down to the least there is.
+def options(cfg: Config, pinned: Collection[str] = (), stage: str | None = None) -> Iterator[Option]:
+    """Ways to need less in training the autoencoder and its polish, or `stage` of them, down to the least there is.
 
     A smaller batch is made up for by accumulation. What is in `pinned` of the batch is left alone; of the rest it is told.
     """
     less: tuple[str, ...] = ()
-    least_batch = 2 if cfg.model.kind == "conv3d" else 1  # its BatchNorm needs more than one volume
-    if not {"autoencoder.batch", "autoencoder.accumulate"} & set(pinned):
-        for batch in _divisors(cfg.autoencoder.batch, least_batch):
-            less = _split("autoencoder", cfg.autoencoder, batch)
-            yield Option(f"a batch of {batch}", less)
+    for batch, less in _smaller_batches(cfg, pinned, stage):
+        yield Option(f"a batch of {batch}", less)
     if not isinstance(cfg.model, Wavelet3D):
         return
     if not cfg.model.checkpointing:
@@ -178,9 +175,9 @@ def options(cfg: Config, pinned: Collection[str] = ()) -> Iterator[Option]:
 
 
 def next_smaller(cfg: Config, stage: str, pinned: Collection[str] = ()) -> Option | None:
-    """The first way for `stage` (autoencoder or prior) to need less than `cfg` that changes nothing `pinned`."""
-    if stage == "autoencoder":
-        found = (option for option in options(cfg, pinned) if not _keys(option) & set(pinned))
+    """The first way for `stage` (autoencoder, polish or prior) to need less than `cfg` that changes nothing `pinned`."""
+    if stage != "prior":
+        found = (option for option in options(cfg, pinned, stage) if not _keys(option) & set(pinned))
     else:
         divisors = () if {"prior.batch", "prior.accumulate"} & set(pinned) else _divisors(cfg.prior.batch)
         found = (Option(f"a batch of {batch}", _split("prior", cfg.prior, batch)) for batch in divisors)
@@ -193,6 +190,23 @@ def strides_override(cfg: Config, source: Source, pinned: Collection[str] = ()) 
         return None
     strides = strides_for(source.spacing_mm, source.size, len(cfg.model.strides))
     return None if strides == cfg.model.strides else f"model.strides={[list(step) for step in strides]}"
+
+
+def _smaller_batches(cfg: Config, pinned: Collection[str], stage: str | None) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """The largest batch that is left, and the settings for it, from large to small; what is in `pinned` stays."""
+    known: dict[str, Training] = {"autoencoder": cfg.autoencoder} | ({"polish": cfg.polish} if cfg.polish.enabled else {})
+    free = {
+        name: section
+        for name, section in known.items()
+        if stage in (None, name) and not {f"{name}.batch", f"{name}.accumulate"} & set(pinned)
+    }
+    least = 2 if cfg.model.kind == "conv3d" else 1  # its BatchNorm needs more than one volume
+    for most in sorted({batch for section in free.values() for batch in _divisors(section.batch, least)}, reverse=True):
+        less: tuple[str, ...] = ()
+        for name, section in free.items():
+            if section.batch > most:
+                less += _split(name, section, next(n for n in _divisors(section.batch, least) if n <= most))
+        yield most, less
 
 
 def _divisors(number: int, least: int = 1) -> list[int]:
@@ -310,21 +324,12 @@ class _Search:
         return use
 
     def _prior(self, cfg: Config) -> tuple[int, dict[str, int]]:
-        """The prior's largest batch that fits, made up for by accumulation, and its peaks by phase: linear in the batch."""
-
-        def peaks(batch: int) -> dict[str, int]:
-            settled = cfg.model_copy(update={"prior": cfg.prior.model_copy(update={"batch": batch})})
-            return dry.prior(settled, self.source.groups, self._kernels)
-
-        whole = cfg.prior.batch
-        largest = phases = peaks(whole)
+        """The prior's largest batch that fits, made up for by accumulation, and its peaks by phase."""
         pinned = {"prior.batch", "prior.accumulate"} & self._pinned
-        if self._fits(max(phases.values())) or whole == 1 or pinned:
-            return whole, phases
-        smallest = peaks(1)
-        for batch in _divisors(whole):
-            share = (batch - 1) / (whole - 1)
-            phases = {name: round(low + share * (largest[name] - low)) for name, low in smallest.items()}
+        for batch in (cfg.prior.batch, *(() if pinned else _divisors(cfg.prior.batch))):
+            less = {"batch": batch, "accumulate": cfg.prior.batch * cfg.prior.accumulate // batch}
+            settled = cfg.model_copy(update={"prior": cfg.prior.model_copy(update=less)})
+            phases = dry.prior(settled, self.source.groups, self._kernels)
             if self._fits(max(phases.values())):
                 break
         return batch, phases

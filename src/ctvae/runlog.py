@@ -30,6 +30,7 @@ MEMORY_SETTINGS = {  # a plan for less or more memory changes these; the network
     "model": ("checkpointing",),
     "data": ("patch",),
     "autoencoder": ("batch", "accumulate"),
+    "polish": ("batch", "accumulate"),
     "prior": ("batch", "accumulate"),
 }
 

@@ -30,9 +30,12 @@ class PatchDiscriminator(nn.Module):
         )
         self.out = nn.Conv3d(2 * width, 1, kernel_size=1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:  # [B 1 D H W], D H W multiples of 4
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:  # [B 1 D H W]
         """Logits (high: real) and the features of every layer, fine to coarse."""
         features = []
+        short = [-size % 4 for size in x.shape[2:]]  # of a size that two Haar steps take
+        if any(short):
+            x = F.pad(x, (0, short[2], 0, short[1], 0, short[0]), mode="replicate")
         for number, layer in enumerate(self.layers):
             if number < 2:
                 x = haar.forward(x)  # halves D, H, W

@@ -1,7 +1,9 @@
 """Dry runs: what training, encoding, decoding and the prior hold at their worst moment, phase by phase.
 
-Each repeats on fake tensors what the loop of that name does for real (`training/autoencoder.py`, `training/prior.py`,
-`model.py`), through the same networks, losses and optimisers. Shapes: D H W voxels; sizes in bytes unless named otherwise.
+Each repeats on fake tensors what the loop of that name does for real (`training/autoencoder.py`, `training/polish.py`,
+`training/prior.py`, `model.py`), through the same networks, losses and optimisers.
+
+Shapes: D H W voxels; sizes in bytes unless named otherwise.
 
 On a CPU the arrays around the network share its memory and are added in bytes per voxel; on CUDA they lie elsewhere.
 """
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +23,14 @@ from ctvae.device import generator
 from ctvae.latents import LatentCode, LatentSet
 from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
-from ctvae.models.wavelet3d import halo
+from ctvae.models.discriminator import PatchDiscriminator
+from ctvae.models.wavelet3d import Wavelet3DVAE, halo
 from ctvae.planning.ledger import Ledger, dry_run, tensor_bytes, to_channels_last
 from ctvae.planning.workspace import Kernels
 from ctvae.training.autoencoder import VALIDATION_GROUPS, Objective
 from ctvae.training.groups import CONDITIONS
 from ctvae.training.optimizer import build_optimizer
+from ctvae.training.polish import DecoderObjective, DiscriminatorObjective, Pair, build_judge
 from ctvae.training.prior import Conditioning, FlowObjective, build_velocity, fit_wiener, flow_batches
 
 FLOAT32 = 4
@@ -38,7 +42,7 @@ SVD_COPIES = 5  # of [groups x numbers] in float32: means, variances, centred ro
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """Of the autoencoder's training. `phases` are peaks; the rest says what the step's peak is made of."""
+    """Of the autoencoder's training and its polish. `phases` are peaks; the rest says what the step's peak is made of."""
 
     phases: dict[str, int]
     parameters: int  # how many
@@ -60,7 +64,10 @@ class TrainingCost:
 
 
 def training(cfg: Config, kernels: Kernels) -> TrainingCost:
-    """A step of `train_autoencoder` as it is after the first, and what happens between steps. Raises DoesNotFit, ConfigError."""
+    """A step of `train_autoencoder` as it is after the first, what happens between steps, and then the polish.
+
+    Raises DoesNotFit, ConfigError.
+    """
     settings, shape = cfg.autoencoder, whole(cfg)
     with dry_run(kernels) as ledger:
         network = _network(cfg, shape)
@@ -82,14 +89,15 @@ def training(cfg: Config, kernels: Kernels) -> TrainingCost:
         step, flops = ledger.since(), ledger.flops - flops_before
 
         between = ledger.live_bytes
-        validation = _validation(network, ema, cfg, ledger)
+        with ema.applied_to(network):
+            validation = _validation(network, cfg, ledger)
         phases = {"step": step, "validation": validation}
         if kernels.device == "cpu":
             voxels = math.prod(shape)
             phases["loading"] = between + voxels * (settings.batch * FLOAT32 + LOADING)
             phases["validation"] = max(validation, between + voxels * (2 * FLOAT32 + TO_HU + 2 * VALIDATION_GROUPS * INT16))
             phases["saving"] = between + _copied_to_save(network, ema, optimizer)
-        return TrainingCost(
+        cost = TrainingCost(
             phases=phases,
             parameters=sum(p.numel() for p in network.parameters()),
             weights=tensor_bytes(list(network.parameters()) + list(network.buffers())),
@@ -99,6 +107,40 @@ def training(cfg: Config, kernels: Kernels) -> TrainingCost:
             activations=activations,
             flops=flops,
         )
+    return replace(cost, phases={**phases, "polish": polish(cfg, kernels)}) if cfg.polish.enabled else cost
+
+
+def polish(cfg: Config, kernels: Kernels) -> int:
+    """Peak of `polish_decoder`: a step as it is after the first, validation and saving."""
+    settings = cfg.polish
+    with dry_run(kernels) as ledger:
+        network = _network(cfg, whole(cfg))
+        assert isinstance(network, Wavelet3DVAE)
+        network.encoder.requires_grad_(False)
+        pair = Pair(network.decoder, PatchDiscriminator(settings.discriminator_width))
+        to_channels_last(pair)
+        ema = EMA(pair, settings.ema_decay)
+        optimizers = [build_optimizer(pair.decoder, settings), build_judge(pair.discriminator, settings)]
+        for part, optimizer in zip((pair.decoder, pair.discriminator), optimizers, strict=True):
+            _step_on_zeros(part, optimizer)
+            if settings.accumulate == 1:
+                optimizer.zero_grad(set_to_none=True)
+        ledger.since()
+        x = torch.empty(settings.batch, 1, *step_shape(cfg))  # [B 1 D H W]
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
+            pair.discriminator.requires_grad_(False)
+            y, terms = DecoderObjective(network, pair.discriminator, cfg)(x, generator(0, 0))
+            sum(terms.values()).backward()
+            pair.discriminator.requires_grad_(True)
+            DiscriminatorObjective(pair.discriminator)(x, y.detach()).backward()
+        nn.utils.clip_grad_norm_(pair.decoder.parameters(), settings.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+        ema.update(pair, 0)
+        peak, between = ledger.since(), ledger.live_bytes
+        with ema.applied_to(pair):
+            peak = max(peak, _validation(network, cfg, ledger))
+        return max(peak, between + _copied_to_save(pair, ema, *optimizers)) if kernels.device == "cpu" else peak
 
 
 def encoding(cfg: Config, size: Size3, tile: Size3, kernels: Kernels) -> int:
@@ -232,10 +274,14 @@ def _tile_read(cfg: Config, size: Size3, tile: Size3) -> Size3:
 def _after_a_step(network: nn.Module, settings: Training) -> torch.optim.Optimizer:
     """The optimiser with its state, and gradients, as the step before leaves them."""
     optimizer = build_optimizer(network, settings)
+    _step_on_zeros(network, optimizer)
+    return optimizer
+
+
+def _step_on_zeros(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    return optimizer
 
 
 def _descend(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, settings: Training) -> None:
@@ -246,10 +292,10 @@ def _descend(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer,
     ema.update(network, 0)
 
 
-def _validation(network: Autoencoder, ema: EMA, cfg: Config, ledger: Ledger) -> int:
+def _validation(network: Autoencoder, cfg: Config, ledger: Ledger) -> int:
     """`validate` encodes and decodes whole groups at once, beside everything that training holds."""
     ledger.since()
-    with ema.applied_to(network), torch.no_grad():
+    with torch.no_grad():
         x = torch.empty(1, 1, *whole(cfg))
         with _autocast(cfg):
             y = network.decode(network.encode(x)[0]).float().clamp(-1, 1)
@@ -257,10 +303,10 @@ def _validation(network: Autoencoder, ema: EMA, cfg: Config, ledger: Ledger) -> 
     return ledger.since()
 
 
-def _copied_to_save(network: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
+def _copied_to_save(network: nn.Module, ema: EMA, *optimizers: torch.optim.Optimizer) -> int:
     """Tensors that are laid out channels-last are copied to be written."""
     saved = [*network.parameters(), *ema.weights.values()]
-    saved += [value for state in optimizer.state.values() for value in state.values()]
+    saved += [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
     return tensor_bytes([tensor for tensor in saved if not tensor.is_contiguous()])
 
 

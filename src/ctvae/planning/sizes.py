@@ -42,7 +42,7 @@ def written(size: Size3) -> str:
     return "x".join(str(side) for side in size)
 
 
-def strides_for(spacing_mm: tuple[float, float, float], size: Size3, levels: int = 2) -> tuple[Size3, ...]:
+def strides_for(spacing_mm: tuple[float, float, float], size: Size3, levels: int) -> tuple[Size3, ...]:
     """Haar steps D H W per level, fine to coarse, for voxels of `spacing_mm` (x y z) in groups of `size`.
 
     Pixels are halved at every level. Slices are halved where they are less than twice as far apart as the pixels then

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ctvae import losses
 from ctvae.checkpoint import EMA
-from ctvae.config import Config
+from ctvae.config import Config, Polish
 from ctvae.device import generator, make_fabric, place
 from ctvae.errors import TrainingDiverged
 from ctvae.models.autoencoder import Autoencoder
@@ -26,6 +26,7 @@ from ctvae.progress import Progress
 from ctvae.runlog import Clock, Curve, Run
 from ctvae.training.autoencoder import Reconstruction, load_autoencoder, save_autoencoder, validate
 from ctvae.training.groups import TrainingGroups
+from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
 
 
@@ -78,6 +79,10 @@ def noisy_latents(network: Autoencoder, x: Tensor, noise: float, random: torch.G
         return mean + sigma * torch.randn(mean.shape, generator=random).to(mean.device)
 
 
+def build_judge(discriminator: nn.Module, settings: Polish) -> torch.optim.Adam:
+    return torch.optim.Adam(discriminator.parameters(), lr=settings.discriminator_lr, betas=(0.5, 0.9))
+
+
 def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: TrainingGroups) -> None:
     """Sharpen the trained autoencoder's decoder; resumes from `run`. Replaces run/autoencoder.safetensors at the end.
 
@@ -94,7 +99,7 @@ def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: 
         place(module, fabric.device)
     ema = EMA(pair, settings.ema_decay)
     optimizer = build_optimizer(network.decoder, settings)
-    judge = torch.optim.Adam(pair.discriminator.parameters(), lr=settings.discriminator_lr, betas=(0.5, 0.9))
+    judge = build_judge(pair.discriminator, settings)
     checkpoints = run.checkpoints("polish")
     meta = checkpoints.resume(pair, ema, optimizer, judge)
     start = int(meta["step"])
@@ -105,7 +110,10 @@ def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: 
     window: dict[str, Tensor] = {}
     step, logged, held_out = start, start, math.nan
 
-    with Progress("polish", total=settings.steps) as bar:
+    def keep() -> None:
+        checkpoints.save(step, pair, ema, optimizer, {"seconds": clock.seconds}, judge)
+
+    with Progress("polish", total=settings.steps) as bar, kept_when_memory_runs_out(optimizer, lambda: step, keep):
         while True:
             progress = clock.progress(step)
             last = progress >= 1.0
@@ -123,31 +131,33 @@ def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: 
                 bar.update(step, loss=total, seconds_left=clock.seconds_left(step, start))
                 window, logged = {}, step
             if step > start and (last or step % settings.save_every == 0):
-                checkpoints.save(step, pair, ema, optimizer, {"seconds": clock.seconds}, judge)
+                keep()
                 with ema.applied_to(pair):
                     held_out = validate(network, validation, run, cfg, "polish")
             if last:
                 break
 
-            # One step of the decoder, then one of the discriminator. Randomness depends on (seed, step) alone.
-            x = fabric.to_device(training.batch(settings.batch, cfg.seed + 1, step))  # [B 1 D H W]
+            # One step of both on `accumulate` batches: gradients of all of them first, so that what runs out of memory has
+            # changed nothing. Randomness depends on (seed, step) alone.
             optimizer.param_groups[0]["lr"] = clock.lr(step, progress)
             # The adversary slows down with the decoder, or it wins in the end.
             judge.param_groups[0]["lr"] = settings.discriminator_lr * clock.lr(step, progress) / settings.lr
-            pair.discriminator.requires_grad_(False)
-            y, terms = draw(x, generator(cfg.seed + 1, step))
             fabric_optimizer.zero_grad(set_to_none=True)
-            fabric.backward(sum(terms.values()))
+            fabric_judge.zero_grad(set_to_none=True)
+            for part in range(step * settings.accumulate, (step + 1) * settings.accumulate):
+                x = fabric.to_device(training.batch(settings.batch, cfg.seed + 1, part))  # [B 1 D H W]
+                pair.discriminator.requires_grad_(False)
+                y, terms = draw(x, generator(cfg.seed + 1, part))
+                fabric.backward(sum(terms.values()) / settings.accumulate)
+                pair.discriminator.requires_grad_(True)
+                terms["discriminator"] = tell(x, y.detach())
+                fabric.backward(terms["discriminator"] / settings.accumulate)
+                for name, value in terms.items():
+                    window[name] = window.get(name, 0.0) + value.detach().float() / settings.accumulate
             nn.utils.clip_grad_norm_(network.decoder.parameters(), settings.max_grad_norm)
             fabric_optimizer.step()
-            pair.discriminator.requires_grad_(True)
-            terms["discriminator"] = tell(x, y.detach())
-            fabric_judge.zero_grad(set_to_none=True)
-            fabric.backward(terms["discriminator"])
             fabric_judge.step()
             ema.update(pair, step)
-            for name, value in terms.items():
-                window[name] = window.get(name, 0.0) + value.detach().float()
             step += 1
 
     curve.close()

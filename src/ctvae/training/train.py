@@ -76,12 +76,15 @@ class _Stages:
         if stage != "prior" and not self.run.stage_done("autoencoder"):
             repeated_smaller(self._autoencoder, self.settled.cfg, partial(self._smaller, "autoencoder"))
         if stage != "prior" and self.settled.cfg.polish.enabled and not self.run.stage_done("polish"):
-            polish_decoder(self.run, self.settled.cfg, *self._split())
+            repeated_smaller(self._polish, self.settled.cfg, partial(self._smaller, "polish"))
         if stage != "autoencoder" and not self.run.stage_done("prior"):
             repeated_smaller(self._prior, self.settled.cfg, partial(self._smaller, "prior"))
 
     def _autoencoder(self, cfg: Config) -> None:
         train_autoencoder(self.run, cfg, *self._split())
+
+    def _polish(self, cfg: Config) -> None:
+        polish_decoder(self.run, cfg, *self._split())
 
     def _split(self) -> tuple[TrainingGroups, TrainingGroups]:
         training, validation = (_groups(self.data, self.settled.cfg, split) for split in ("train", "validation"))
