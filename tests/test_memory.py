@@ -16,7 +16,7 @@ from ctvae.config import load_config, load_recipe
 from ctvae.dataset import Dataset
 from ctvae.errors import ConfigError, DoesNotFit
 from ctvae.model import open_model
-from ctvae.training import autoencoder, memory, pace, prior, settings
+from ctvae.training import autoencoder, memory, pace, polish, prior, settings
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import MemoryRanOut, is_allocation_failure, kept_when_memory_runs_out
 from ctvae.training.train import train
@@ -39,7 +39,8 @@ def steps_asked(monkeypatch) -> list[int]:
     plain = TrainingGroups.batch
 
     def noting(self, batch, seed, step):
-        asked.append(step)
+        if seed == 0:  # the polish has seed + 1
+            asked.append(step)
         return plain(self, batch, seed, step)
 
     monkeypatch.setattr(TrainingGroups, "batch", noting)
@@ -102,28 +103,44 @@ def test_the_step_is_repeated_with_the_next_smaller_plan_and_nothing_is_lost(
 
 
 def test_a_batch_is_halved_and_made_up_for(tiny_dataset, tiny_settings, tmp_path, monkeypatch):
-    """Fails on two volumes at a time: 1 x 2 from step 2 on visits the same groups; without augmentation, the same numbers."""
-    still = [*tiny_settings, "data.max_shift_voxels=[0,0,0]", "autoencoder.kl_weight=0"]
+    """Fails on three volumes at a time: 1 x 3 from step 2 on visits the same groups; without augmentation, the same numbers."""
+    free = [text for text in tiny_settings if not text.startswith("autoencoder.batch")]
+    still = [*free, "data.max_shift_voxels=[0,0,0]", "autoencoder.kl_weight=0", "polish.enabled=false"]
     monkeypatch.setattr(torch, "randn", lambda *shape, **_: torch.zeros(*shape))  # the posterior's noise differs by batch
-    plain = train(tiny_dataset, tmp_path / "plain", stage="autoencoder", overrides=[*still, "autoencoder.batch=2"])
-    recipe = load_recipe("wavelet3d", still)
-    two = recipe.model_copy(update={"autoencoder": recipe.autoencoder.model_copy(update={"batch": 2})})
-    monkeypatch.setattr(settings, "load_recipe", lambda method, overrides=(): with_two(load_recipe(method, overrides), overrides))
-    failing_forward(monkeypatch, lambda objective, step: step == 2 and objective.cfg.batch == 2)
+    plain = train(tiny_dataset, tmp_path / "plain", stage="autoencoder", overrides=[*still, "autoencoder.batch=3"])
+    failing_forward(monkeypatch, lambda objective, step: step == 2 and objective.cfg.batch == 3)
     asked = steps_asked(monkeypatch)
     run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=still)
-    assert two.autoencoder.batch == 2
-    assert asked == [0, 1, 2, *range(4, 12)]
+    assert asked == [0, 1, 2, *range(6, 18)]
     saved = load_config(run / "config.yaml").autoencoder
-    assert (saved.batch, saved.accumulate) == (1, 2)
+    assert (saved.batch, saved.accumulate) == (1, 3)
     assert_close(weights(run), weights(plain), 1e-4)
 
 
-def with_two(cfg, overrides):
-    """A recipe that asks for a batch of two, as none of ours does."""
-    if any(text.startswith("autoencoder.batch") for text in overrides):
-        return cfg
-    return cfg.model_copy(update={"autoencoder": cfg.autoencoder.model_copy(update={"batch": 2})})
+def test_the_polish_goes_on_with_less(tiny_dataset, tiny_settings, tmp_path, monkeypatch, capsys):
+    """The recipe's batch of three fails at step 1, and a first one of 1 x 3 at step 2, which is then checkpointed."""
+    seen: list[tuple[int, bool]] = []
+    plain = polish.DecoderObjective.forward
+
+    def forward(self, x, random):
+        seen.append((len(x), self.network.cfg.checkpointing))
+        if len(seen) in (2, 6):
+            raise MemoryError
+        return plain(self, x, random)
+
+    monkeypatch.setattr(polish.DecoderObjective, "forward", forward)
+    run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=tiny_settings)
+    assert seen == [(3, False)] * 2 + [(1, False)] * 4 + [(1, True)] * 6
+    told = [line for line in capsys.readouterr().err.splitlines() if "memory ran out" in line]
+    assert [line.removeprefix("memory ran out at ") for line in told] == [
+        "step 1 of the polish: going on from there with a batch of 1",
+        "step 2 of the polish: going on from there with checkpointing",
+    ]
+    saved = load_config(run / "config.yaml")
+    assert (saved.polish.batch, saved.polish.accumulate, saved.model.checkpointing) == (1, 3, True)
+    assert load(run / "autoencoder.safetensors")[1]["polish_steps"] == 4
+    train(tiny_dataset, run, stage="autoencoder", overrides=tiny_settings)  # the same command finds it done
+    assert len(seen) == 12
 
 
 def test_the_priors_batch_is_halved(tiny_dataset, tiny_run, tiny_settings, tmp_path, monkeypatch, capsys):
@@ -131,16 +148,16 @@ def test_the_priors_batch_is_halved(tiny_dataset, tiny_run, tiny_settings, tmp_p
     plain = prior.FlowObjective.forward
 
     def forward(self, batch, random):
-        if len(batch.x1) > 4:
+        if len(batch.x1) > 2:
             raise MemoryError
         return plain(self, batch, random)
 
     monkeypatch.setattr(prior.FlowObjective, "forward", forward)
     run = train(tiny_dataset, tmp_path / "run", overrides=free)
     saved = load_config(run / "config.yaml").prior
-    assert (saved.batch, saved.accumulate) == (4, 4)
+    assert (saved.batch, saved.accumulate) == (2, 4)
     told = [line for line in capsys.readouterr().err.splitlines() if "memory ran out" in line]
-    assert [line.rpartition("with ")[2] for line in told] == ["a batch of 8", "a batch of 4"]
+    assert [line.rpartition("with ")[2] for line in told] == ["a batch of 4", "a batch of 2"]
     assert open_model(run).draw("flow", seed=0, index=0).latent.isfinite().all()
 
 
@@ -237,7 +254,7 @@ def test_a_real_allocation_failure(tiny_dataset, tmp_path):
 def larger(tiny_settings) -> list[str]:
     """Groups and features of which the activations, and not the weights, take the memory; the prior's batch is free."""
     kept = [text for text in tiny_settings if not text.startswith(("model.widths", "prior.batch"))]
-    return [*kept, "model.widths=[16,16]", "data.shape=[64,64,64]"]
+    return [*kept, "model.widths=[16,16]", "data.shape=[64,64,64]", "polish.enabled=false"]
 
 
 def test_memory_makes_a_plan_and_the_run_resumes_with_it(tiny_dataset, tiny_settings, tmp_path, capsys):
@@ -314,32 +331,34 @@ def test_strides_follow_the_datasets_spacing(tmp_path, scan_hu, write_nifti, tin
     for seed in range(4):
         write_nifti(tmp_path / "scans" / f"case_{seed}.nii.gz", scan_hu(seed), (1.0, 1.0, 2.5))
     dataset = prepare(tmp_path / "scans", tmp_path / "ds", slices=8, fractions=(0.5, 0.25, 0.25), workers=1).folder
-    run = train(dataset, tmp_path / "run", stage="autoencoder", overrides=tiny_settings)
-    assert load_config(run / "config.yaml").model.strides == ((1, 2, 2), (2, 2, 2))
-    train(dataset, run, stage="autoencoder", overrides=tiny_settings)
-    pinned = [*tiny_settings, "model.strides=[[2,2,2],[2,2,2]]"]
-    asked = train(dataset, tmp_path / "asked", stage="autoencoder", overrides=pinned)
+    three = {"model.widths": "[4,8,8]", "model.blocks": "[1,1,1]"}
+    kept = [text for text in tiny_settings if not text.startswith(("model.strides", *three))]
+    free = [*kept, *(f"{key}={value}" for key, value in three.items())]
+    run = train(dataset, tmp_path / "run", stage="autoencoder", overrides=free)
+    assert load_config(run / "config.yaml").model.strides == ((1, 2, 2), (2, 2, 2), (1, 2, 2))  # eight slices, no fewer than 4
+    train(dataset, run, stage="autoencoder", overrides=free)
+    asked = train(dataset, tmp_path / "asked", stage="autoencoder", overrides=tiny_settings)
     assert load_config(asked / "config.yaml").model.strides == ((2, 2, 2), (2, 2, 2))
 
 
 def test_hours_set_the_steps_from_a_measured_one(tiny_dataset, tiny_settings, tmp_path, monkeypatch):
-    """A step of 3 s of the autoencoder and 2 s of the prior: 40 and 60 % of 0.1 h are 48 and 108 of them."""
+    """A step of 3 s of the autoencoder and 2 s of the prior: 30 and 58 % of 0.1 h are 36 and 104 of them."""
     monkeypatch.setattr(pace, "autoencoder_step_seconds", lambda _: 3.0)
     monkeypatch.setattr(pace, "prior_step_seconds", lambda _: 2.0)
     dataset = Dataset.open(tiny_dataset)
     settled = settings.settle(dataset, tmp_path / "run", settings.Asked(tiny_settings))
     timed = settings.with_hours(settled, 0.1, "both")
-    assert (timed.cfg.autoencoder.steps, timed.cfg.prior.steps) == (48, 108)
+    assert (timed.cfg.autoencoder.steps, timed.cfg.prior.steps) == (36, 104)
     found = planner.with_hours(planner.weigh("wavelet3d", planner.Source((64, 32, 32)), 24, tiny_settings), 0.1)
-    assert load_recipe("wavelet3d", found.overrides).prior.steps == 108
-    assert (found.plan["autoencoder_steps"], found.plan["prior_steps"]) == (48, 108)
-    free = [text for text in tiny_settings if "steps" not in text or "sampling" in text]
-    monkeypatch.setattr(pace, "autoencoder_step_seconds", lambda _: 36.0)  # ten steps of it in 0.1 h
+    assert load_recipe("wavelet3d", found.overrides).prior.steps == 104
+    assert (found.plan["autoencoder_steps"], found.plan["prior_steps"]) == (36, 104)
+    free = [text for text in tiny_settings if not text.startswith(("autoencoder.steps", "prior.steps"))]
+    monkeypatch.setattr(pace, "autoencoder_step_seconds", lambda _: 36.0)  # without a prior 30 of 42 % of 0.1 h: seven steps
     run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=free, hours=0.1)
-    assert load(run / "autoencoder.safetensors")[1]["steps"] == 10
+    assert load(run / "autoencoder.safetensors")[1]["steps"] == 7
     monkeypatch.setattr(pace, "autoencoder_step_seconds", lambda _: 1.0)
     train(tiny_dataset, run, stage="autoencoder", overrides=free, hours=0.1)  # resumes with the steps that it was begun with
-    assert load_config(run / "config.yaml").autoencoder.steps == 10
+    assert load_config(run / "config.yaml").autoencoder.steps == 7
 
 
 def test_a_step_is_measured_with_its_accumulation(tiny_settings, monkeypatch):
@@ -350,7 +369,7 @@ def test_a_step_is_measured_with_its_accumulation(tiny_settings, monkeypatch):
         monkeypatch.setattr(kind, "forward", _slow(kind.forward, now))
     cfg = load_recipe("wavelet3d", [*tiny_settings, "data.shape=[16,16,16]", "autoencoder.accumulate=3"])
     assert pace.autoencoder_step_seconds(cfg) == pytest.approx(3.0)
-    assert pace.prior_step_seconds(cfg) == pytest.approx(1.0)  # coarse and detail share the steps
+    assert pace.prior_step_seconds(cfg) == pytest.approx(1.0)
 
 
 def _slow(forward, now):

@@ -17,6 +17,7 @@ from ctvae.planning.workspace import Kernels
 from ctvae.training.autoencoder import Objective
 
 SHAPE = (2, 16, 12, 8, 8)  # B C D H W
+TWO_LEVELS = ("model.strides=[[2,2,2],[2,2,2]]", "model.widths=[16,32]", "model.blocks=[1,2]")
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_a_whole_step_gives_the_plain_loss_and_gradients(small_slabs, monkeypatc
     """
     steps = {}
     for name, checkpointing in (("plain", False), ("slabs", False), ("recomputed", True)):
-        cfg = load_recipe("wavelet3d", [f"model.checkpointing={checkpointing}", "model.widths=[16,32]", "model.blocks=[1,2]"])
+        cfg = load_recipe("wavelet3d", [*TWO_LEVELS, f"model.checkpointing={checkpointing}"])
         torch.manual_seed(0)
         with monkeypatch.context() as patch:
             if name == "plain":
@@ -91,7 +92,7 @@ def test_a_whole_step_gives_the_plain_loss_and_gradients(small_slabs, monkeypatc
 
 
 def test_a_copy_has_weights_of_its_own(small_slabs):
-    network = build(load_recipe("wavelet3d", ["model.checkpointing=true", "model.widths=[16,32]"]).model, (8, 16, 16))
+    network = build(load_recipe("wavelet3d", [*TWO_LEVELS, "model.checkpointing=true"]).model, (8, 16, 16))
     twin = copy.deepcopy(network)
     for parameter in twin.parameters():
         parameter.data.zero_()
@@ -102,7 +103,8 @@ def test_a_copy_has_weights_of_its_own(small_slabs):
 
 def test_what_it_saves():
     """The ledger's account of the recipe, against what the issue asks for; 64x512x512 and 512^3 are in proportion to voxels."""
-    cfg = load_recipe("wavelet3d", ["data.shape=[64,256,256]", "model.checkpointing=true"])
+    whole = ("data.shape=[64,256,256]", "data.patch=null", "autoencoder.batch=1")
+    cfg = load_recipe("wavelet3d", [*whole, "model.checkpointing=true"])
     assert isinstance(cfg.model, Wavelet3D)
     cost = dry.training(cfg, Kernels())
     assert cost.phases["step"] < 1e9
