@@ -105,10 +105,11 @@ def test_activations_are_what_autograd_saves(method, overrides):
 
 
 def test_checkpointing_trades_activations_for_arithmetic():
-    plain = dry.training(config("wavelet3d", SIZE, *WHOLE), Kernels())
-    checkpointed = dry.training(config("wavelet3d", SIZE, *WHOLE, "model.checkpointing=true"), Kernels())
+    size = (64, 256, 256)  # of which the activations, and not the weights, take the memory
+    plain = dry.training(config("wavelet3d", size, *WHOLE), Kernels())
+    checkpointed = dry.training(config("wavelet3d", size, *WHOLE, "model.checkpointing=true"), Kernels())
     assert checkpointed.activations < plain.activations / 2
-    assert checkpointed.peak < 0.6 * plain.peak
+    assert checkpointed.phases["step"] < 0.6 * plain.phases["step"]
     assert 1.1 < checkpointed.flops / plain.flops < 1.35  # a forward pass is a third of a step
 
 
@@ -210,7 +211,8 @@ def test_less_memory_means_checkpointing_then_patches(whole):
     assert checkpointed.plan["checkpointing"]
     assert checkpointed.plan["whole_volume"]
     assert not checkpointed.as_asked
-    patched = planner.plan("whole3d", SIZE, checkpointed.train_peak_gb, ("prior.batch=1", "prior.widths=[32]"))
+    unchecked = ("model.checkpointing=false", "prior.batch=1")  # a checkpointed step needs less than saving its state
+    patched = planner.plan("whole3d", SIZE, whole.train_peak_gb, unchecked)
     assert patched.plan["patch"] == (64, 64, 64)
     for found in (checkpointed, patched):
         assert found.fits
@@ -261,9 +263,9 @@ def test_the_prior_is_part_of_it():
 def test_the_polish_is_part_of_it():
     """Of whole groups its step is the larger one where its batch is; a plan makes both batches smaller, and makes up for it."""
     asked = ("data.patch=null", "autoencoder.steps=10", "autoencoder.batch=1", "prior.batch=1")
-    full = planner.weigh("wavelet3d", planner.Source((32, 64, 64)), 24, asked)
+    full = planner.weigh("wavelet3d", planner.Source(SIZE), 24, asked)
     assert full.train_phases_gb["polish"] > 1.5 * full.train_phases_gb["step"]
-    tight = planner.plan("wavelet3d", (32, 64, 64), full.train_peak_gb, asked)
+    tight = planner.plan("wavelet3d", SIZE, full.train_peak_gb, asked)
     assert "planned with a batch of 1" in tight.note
     assert {"polish.batch=1", "polish.accumulate=3"} < set(tight.overrides)
     both = planner.options(load_recipe("wavelet3d", ["autoencoder.batch=4", "data.shape=[32,64,64]"]))

@@ -414,8 +414,11 @@ def _definite(settings: tuple[str, ...], cfg: Config) -> tuple[str, ...]:
 
 
 def _parts(cost: TrainingCost) -> dict[str, float]:
+    """What adds up to the step's peak. While all activations are held, few gradients are there."""
     names = ("weights", "gradients", "optimizer", "average", "activations", "workspace")
-    return {name: _gb(getattr(cost, name)) for name in names}
+    parts = {name: getattr(cost, name) for name in names}
+    parts["gradients"] -= max(0, sum(parts.values()) - cost.phases["step"])
+    return {name: _gb(count) for name, count in parts.items()}
 
 
 def _gb(count: int) -> float:

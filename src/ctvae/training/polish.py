@@ -74,7 +74,7 @@ def noisy_latents(network: Autoencoder, x: Tensor, noise: float, random: torch.G
     """Posterior samples with further noise, `noise` times each channel's spread over the batch: [B Z d h w]."""
     with torch.no_grad():
         mean, logvar = network.encode(x)
-        spread = mean.std((0, 2, 3, 4), keepdim=True)
+        spread = mean.std((0, 2, 3, 4), correction=0, keepdim=True)
         sigma = (logvar.exp() + (noise * spread).square()).sqrt()
         return mean + sigma * torch.randn(mean.shape, generator=random).to(mean.device)
 
