@@ -125,18 +125,24 @@ def test_single_scans_that_stand_out_are_named_and_common_traits_told_once():
     assert outliers.stand_out(made, real[:5]) == {"status": "not enough", "need": 8, "have": 5}
 
 
-def test_the_network_that_ships_tells_scans_apart_and_sees_mirror_images():
-    rng = np.random.default_rng(4)
+def block(seed: int) -> np.ndarray:
+    """A body with a bone in its front, and noise of 20 HU. [D H W]"""
     hu = np.full((30, 40, 60), -1000.0)
-    hu[:, 8:32, 8:50] = 40 + rng.normal(0, 20, (30, 24, 42))
+    hu[:, 8:32, 8:50] = 40 + np.random.default_rng(seed).normal(0, 20, (30, 24, 42))
     hu[:, 12:20, 12:20] = 700
+    return hu
+
+
+def test_the_network_that_ships_tells_scans_apart_and_sees_mirror_images():
+    hu = block(4)
     scan = network.learned(hu, (5.0, 5.0, 5.0))
     assert scan.shape == (2, network.FEATURES)
-    np.testing.assert_allclose(network.learned(hu[..., ::-1].copy(), (5.0, 5.0, 5.0)), scan[::-1], atol=1e-5)
+    np.testing.assert_allclose(network.learned(hu[..., ::-1].copy(), (5.0, 5.0, 5.0)), scan[::-1], rtol=1e-3, atol=1e-3)
     fine = network.learned(hu.repeat(2, 0).repeat(2, 1).repeat(2, 2), (2.5, 2.5, 2.5))
-    np.testing.assert_allclose(fine, scan, atol=1e-4)  # the same body at another voxel size
-    feet_first = network.learned(hu[:, ::-1].copy(), (5.0, 5.0, 5.0))
-    assert np.linalg.norm(feet_first[0] - scan[0]) > 0.1 * np.linalg.norm(scan[0])
+    np.testing.assert_allclose(fine, scan, rtol=1e-3, atol=1e-3)  # the same body at another voxel size
+    other_noise, on_its_front = (network.learned(x, (5.0, 5.0, 5.0)) for x in (block(5), hu[:, ::-1].copy()))
+    turned, by_chance = (np.linalg.norm(x[0] - scan[0]) for x in (on_its_front, other_noise))
+    assert turned > 3 * by_chance  # an untrained network does not tell them apart
     for flat in (-1000.0, 0.0, 3000.0):
         assert np.isfinite(network.learned(np.full((11, 12, 13), flat), (1.0, 1.0, 1.0))).all()
     assert len(resources.files("ctvae.evaluation").joinpath(network.WEIGHTS).read_bytes()) < 4e6

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ctvae.evaluation.grid import Triple, body_mask, resampled
+from ctvae.evaluation.grid import AIR_HU, Triple, body_mask, resampled
 
 SPACING_MM: Triple = (5.0, 5.0, 5.0)
 WIDTHS = (16, 32, 64, 64)
 FEATURES = WIDTHS[-1]
+SMALLEST = 16  # voxels of 5 mm along an axis, which the network needs; air is put behind a smaller scan
 LARGEST = 160  # voxels of 5 mm along an axis; more is cut off around the middle
 WEIGHTS = "features.safetensors"
 
@@ -74,6 +75,8 @@ def prepared(hu: NDArray[np.floating], spacing_mm: Triple) -> tuple[Tensor, Tens
     coarse = resampled(hu, spacing_mm, SPACING_MM)
     coarse = coarse[tuple(slice(max(0, (n - LARGEST) // 2), max(0, (n - LARGEST) // 2) + LARGEST) for n in coarse.shape)]
     body = body_mask(coarse).astype(np.float32)
+    behind = [(0, max(0, SMALLEST - n)) for n in coarse.shape]
+    coarse, body = np.pad(coarse, behind, constant_values=AIR_HU), np.pad(body, behind)
     return torch.from_numpy(np.clip(coarse, -1000, 1000) / 1000), torch.from_numpy(body)
 
 
