@@ -313,16 +313,16 @@ class _Search:
     def _prior(self, cfg: Config) -> tuple[int, dict[str, int]]:
         """The prior's largest batch that fits, made up for by accumulation, and its peaks by phase: linear in the batch."""
 
-        def peaks(batch: int) -> dict[str, int]:
-            settled = cfg.model_copy(update={"prior": cfg.prior.model_copy(update={"batch": batch})})
+        def peaks(batch: int, accumulate: int) -> dict[str, int]:
+            settled = cfg.model_copy(update={"prior": cfg.prior.model_copy(update={"batch": batch, "accumulate": accumulate})})
             return dry.prior(settled, self.source.groups, self._kernels)
 
         whole = cfg.prior.batch
-        largest = phases = peaks(whole)
+        phases = peaks(whole, cfg.prior.accumulate)
         pinned = {"prior.batch", "prior.accumulate"} & self._pinned
         if self._fits(max(phases.values())) or whole == 1 or pinned:
             return whole, phases
-        smallest = peaks(1)
+        largest, smallest = peaks(whole, 2), peaks(1, 2)  # accumulated: gradients lie beside the activations
         for batch in _divisors(whole):
             share = (batch - 1) / (whole - 1)
             phases = {name: round(low + share * (largest[name] - low)) for name, low in smallest.items()}
