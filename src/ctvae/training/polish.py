@@ -4,18 +4,22 @@ A decoder trained on absolute error draws the median of what a latent may stand 
 tells its patches from real ones, the decoder is trained against that and on the discriminator's features besides its first
 losses (Larsen et al. 2016, Esser et al. 2021), and its latents get a little noise, so that it forgives a prior's errors.
 
+An adversary goes on inventing texture for as long as it is let. What is kept are the averaged weights with the best
+held-out PSNR, which rises while edges come back and falls once the texture is made up.
+
 Shapes:  B batch   D H W voxels   Z latent channels
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ctvae import losses
-from ctvae.checkpoint import EMA
+from ctvae.checkpoint import EMA, load, save
 from ctvae.config import Config, Polish
 from ctvae.device import generator, make_fabric, place
 from ctvae.errors import TrainingDiverged
@@ -79,6 +83,32 @@ def noisy_latents(network: Autoencoder, x: Tensor, noise: float, random: torch.G
         return mean + sigma * torch.randn(mean.shape, generator=random).to(mean.device)
 
 
+class Best:
+    """The weights with the highest held-out PSNR so far, in a file, so that a resumed run knows them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def offer(self, step: int, psnr_db: float, weights: dict[str, Tensor]) -> None:
+        if math.isfinite(psnr_db) and psnr_db >= self._score():
+            save(self.path, weights, {"step": step, "psnr_db": psnr_db})
+
+    def load_into(self, module: nn.Module, otherwise: dict[str, Tensor]) -> tuple[int, float]:
+        """The step and PSNR in dB of what was loaded; (0, NaN) for `otherwise`, where nothing was held out."""
+        if not self.path.exists():
+            module.load_state_dict(otherwise)
+            return 0, math.nan
+        tensors, meta = load(self.path)
+        module.load_state_dict(tensors)
+        return meta["step"], meta["psnr_db"]
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def _score(self) -> float:
+        return load(self.path)[1]["psnr_db"] if self.path.exists() else -math.inf
+
+
 def build_judge(discriminator: nn.Module, settings: Polish) -> torch.optim.Adam:
     return torch.optim.Adam(discriminator.parameters(), lr=settings.discriminator_lr, betas=(0.5, 0.9))
 
@@ -107,6 +137,7 @@ def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: 
     curve = Curve(run, "polish", start)
     draw, fabric_optimizer = fabric.setup(DecoderObjective(network, pair.discriminator, cfg), optimizer)
     tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator), judge)
+    best = Best(run.folder / "checkpoints" / "polish-best.safetensors")
     window: dict[str, Tensor] = {}
     step, logged, held_out = start, start, math.nan
 
@@ -131,9 +162,10 @@ def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: 
                 bar.update(step, loss=total, seconds_left=clock.seconds_left(step, start))
                 window, logged = {}, step
             if step > start and (last or step % settings.save_every == 0):
-                keep()
                 with ema.applied_to(pair):
                     held_out = validate(network, validation, run, cfg, "polish")
+                best.offer(step, held_out, ema.weights)  # before the checkpoint: a kill in between only does it again
+                keep()
             if last:
                 break
 
@@ -161,8 +193,9 @@ def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: 
             step += 1
 
     curve.close()
-    pair.load_state_dict(ema.weights)
-    figures = {"validation_psnr_db": round(held_out, 3)} if math.isfinite(held_out) else {}
+    kept, psnr_db = best.load_into(pair, otherwise=ema.weights)
+    figures = {"validation_psnr_db": round(psnr_db, 3), "best_step": kept} if math.isfinite(psnr_db) else {}
     save_autoencoder(run, cfg, network, training.shape, {**noted, "polish_steps": step, **figures})
     run.finish_stage("polish", steps=step, seconds=round(clock.seconds), **figures)
     checkpoints.clear()
+    best.clear()
