@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,24 @@ def test_two_writers_do_not_share_a_temporary_file(tmp_path):
         first.write_text("1")
         second.write_text("2")
     assert (Path(tmp_path / "a.json").read_text(), (tmp_path / "b.json").read_text()) == ("1", "2")
+
+
+@pytest.mark.parametrize("call", ["open", "fsync"])
+def test_a_system_that_cannot_flush_folders_is_no_trouble(tmp_path, monkeypatch, call):
+    """Windows opens no folders; some network file systems do not flush them. A file that is not flushed is trouble."""
+    real, refused = getattr(files.os, call), []
+
+    def refuse(target, *rest):
+        path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target
+        if Path(path).is_dir() or "trouble" in str(path):
+            refused.append(path)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(target, *rest)
+
+    monkeypatch.setattr(files.os, call, refuse)
+    files.write_text(tmp_path / "fine.txt", "kept")
+    assert (tmp_path / "fine.txt").read_text() == "kept"
+    assert refused == [tmp_path] or refused == [str(tmp_path)]
+    with pytest.raises(InputError, match="Invalid argument"):
+        files.write_text(tmp_path / "trouble.txt", "lost")
+    assert [path.name for path in tmp_path.iterdir()] == ["fine.txt"]

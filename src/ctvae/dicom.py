@@ -128,7 +128,7 @@ def _patient_id(image: FileDataset) -> str:
 @contextmanager
 def _parsing(path: Path) -> Iterator[None]:
     """What pydicom makes of damaged bytes becomes one line, and its warnings are not the reader's concern."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), np.errstate(all="ignore"):  # what becomes infinite is refused
         warnings.simplefilter("ignore")
         try:
             yield
@@ -279,5 +279,4 @@ def _values(name: Path, image: FileDataset, shape: tuple[int, int]) -> np.ndarra
         raise ScanRejected(f"{name}: pixels cannot be decoded ({kind}); damaged, or decompress them first") from error
     if stored.shape != shape:
         raise ScanRejected(f"{name}: colour pixels, not HU")
-    with np.errstate(all="ignore"):  # what becomes infinite is refused
-        return (stored * float(image.RescaleSlope) + float(image.RescaleIntercept)).astype(np.float32)
+    return (stored * float(image.RescaleSlope) + float(image.RescaleIntercept)).astype(np.float32)

@@ -99,7 +99,7 @@ def sweep(folder: Path) -> None:
     with suppress(OSError):
         for entry in os.scandir(folder):
             owner = entry.name.partition(PARTIAL)[0].rpartition(".")[2].partition("-")
-            if PARTIAL in entry.name and owner[0] == _host() and owner[2].isdecimal() and not _runs(int(owner[2])):
+            if PARTIAL in entry.name and owner[0] == _host() and owner[2].isdecimal() and not _runs(int(owner[2]), entry):
                 Path(entry).unlink(missing_ok=True)
 
 
@@ -130,7 +130,12 @@ def _host() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 
-def _runs(pid: int) -> bool:
+def _runs(pid: int, written: os.DirEntry) -> bool:
+    """Whether the process that began to write the file still runs: not one that is dead, or younger than the file."""
     import psutil
 
-    return psutil.pid_exists(pid)
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= written.stat().st_mtime + 1
+    except psutil.NoSuchProcess:
+        return False

@@ -51,7 +51,7 @@ def read(path: Path, max_voxels: int = MAX_VOXELS) -> tuple[Volume, Orientation]
     """
     path = Path(path)
     try:
-        with _opened(path) as file:
+        with _opened(path) as file, np.errstate(all="ignore"):  # what becomes infinite is refused
             header = _header(path, file)
             shape = _shape(path, header, max_voxels)
             affine = _affine(path, header)
@@ -195,8 +195,7 @@ def _values(path: Path, header: Any, file: Stream, count: int) -> np.ndarray:
     slabs = _slabs(path, file, count, dtype)
     if (slope, intercept) not in ((None, None), (1.0, 0.0)):
         slabs = (slab * np.float64(slope) + np.float64(intercept) for slab in slabs)
-    with np.errstate(all="ignore"):  # what becomes infinite is refused
-        return gathered(path, slabs, count, plain=dtype.newbyteorder("=") == np.int16)
+    return gathered(path, slabs, count, plain=dtype.newbyteorder("=") == np.int16)
 
 
 def _seek_voxels(path: Path, header: Any, file: Stream, size: int) -> None:

@@ -96,8 +96,7 @@ def prepare(
     found = find_scans(sources, skip=[*label_dirs, Path(out)])
     out = Path(out)
     salt = _claimed(out, settings, patients_of)
-    for folder in (out, *(out / name for name in ("groups", "labels", "scans"))):
-        files.sweep(folder)
+    _sweep(out)
     jobs = _jobs(found, out, settings, label_dirs, salt)
     records = _without_duplicates(jobs, _records(jobs, workers, progress))
     content = _content(jobs, records, Patients(found, patient_pattern, known))
@@ -107,7 +106,14 @@ def prepare(
     unsearched = [folder for folder in label_folders(sources) if folder not in label_dirs]
     content["notes"] += [f"not searched: {folder.parent.resolve().name}/{folder.name}" for folder in unsearched]
     save(out, content)
+    _sweep(out)  # of an earlier run's workers that were still dying when this one began
+    del found, jobs, records, content  # of many scans, not to be held beside what is opened
     return Dataset.open(out)
+
+
+def _sweep(out: Path) -> None:
+    for folder in (out, *(out / name for name in ("groups", "labels", "scans"))):
+        files.sweep(folder)
 
 
 def _check(settings: Settings) -> None:
