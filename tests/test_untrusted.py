@@ -43,14 +43,21 @@ def offences(source: str) -> list[str]:
             found += [name for name in names if name.partition(".")[0] in RUNS_CODE]
         if isinstance(node, ast.Call):
             name = dotted(node.func)
-            found += [name] * (name in CALLS)
+            restricted = name == "torch.load" and any(word.arg == "weights_only" and is_true(word.value) for word in node.keywords)
+            found += [name] * (name in CALLS and not restricted)  # published .pth weights: tensors and plain containers only
             found += [f"{name}(allow_pickle=...)" for word in node.keywords if word.arg == "allow_pickle"]
             if name == "yaml.load" and "Plain" not in [dotted(argument) for argument in node.args]:
                 found.append(name)
     return found
 
 
+def is_true(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is True
+
+
 def test_the_search_for_offences_finds_them():
+    assert offences("torch.load(x, weights_only=False)") == ["torch.load"]
+    assert offences("torch.load(x, weights_only=True)") == []
     source = "import pickle\nfrom joblib import load\ntorch.load(x)\nnp.load(x, allow_pickle=True)\nyaml.load(x, Loader)\neval(x)"
     assert len(offences(source)) == 6
 
