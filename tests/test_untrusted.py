@@ -43,7 +43,7 @@ def offences(source: str) -> list[str]:
             found += [name for name in names if name.partition(".")[0] in RUNS_CODE]
         if isinstance(node, ast.Call):
             name = dotted(node.func)
-            restricted = name == "torch.load" and any(word.arg == "weights_only" and is_true(word.value) for word in node.keywords)
+            restricted = name == "torch.load" and any(w.arg == "weights_only" and is_true(w.value) for w in node.keywords)
             found += [name] * (name in CALLS and not restricted)  # published .pth weights: tensors and plain containers only
             found += [f"{name}(allow_pickle=...)" for word in node.keywords if word.arg == "allow_pickle"]
             if name == "yaml.load" and "Plain" not in [dotted(argument) for argument in node.args]:
