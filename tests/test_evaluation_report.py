@@ -272,6 +272,7 @@ def test_anchors_say_whether_the_measures_can_be_believed(report):
     assert anchors["mirrored"]["must_move"] == {"handedness": False}  # these patients have no left and right
 
 
+@pytest.mark.slow
 def test_several_folders_are_ranked_in_one_report(sides, tmp_path):
     dataset, synthetic = sides
     worse = {f"w{i}": gaussian_filter(patient(300 + i).astype(float), 1) for i in range(8)}
