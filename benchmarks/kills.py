@@ -91,7 +91,9 @@ def _judge(name: str, verb: Verb, folder: Path, arguments: argparse.Namespace) -
         different = _different(expected, _content(out))
         if code or different:
             failed += 1
-            print(f"{name} trial {trial}, killed after {moments}: exit code {code}, different: {different[:5]}", flush=True)
+            print(f"{name} trial {trial}, killed after {moments}: exit code {code}, different: {different[:5]} "
+                  f"{[_first(expected[n], _content(out)[n]) for n in different if n in expected and (out / n).exists()][:2]}",
+                  flush=True)  # fmt: skip
         shutil.rmtree(out)
     print(f"{name}: {killed} kills in {arguments.trials} trials (one run: {seconds:.1f} s, {len(expected)} files), "
           f"{arguments.trials - failed} ended equal, {failed} did not; seed {arguments.seed}", flush=True)  # fmt: skip
@@ -139,6 +141,12 @@ def _content(folder: Path) -> dict[str, bytes]:
             content = path.read_bytes().replace(str(folder).encode(), b"OUT")
             found[str(path.relative_to(folder))] = TIME_OF_DAY.sub(b"TIME", content)
     return found
+
+
+def _first(expected: bytes, found: bytes) -> list[str]:
+    """The first lines of two files that differ."""
+    pairs = zip(expected.splitlines(), found.splitlines(), strict=False)
+    return next(([f"{one[:80]!r}", f"{other[:80]!r}"] for one, other in pairs if one != other), ["length"])
 
 
 def _different(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str]:

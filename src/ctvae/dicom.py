@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom.dataset import FileDataset
-from pydicom.filereader import read_file_meta_info
+from pydicom.filereader import _read_file_meta_info, read_preamble
 from pydicom.uid import DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 from ctvae.errors import CtvaeError, InputError, ScanRejected, ScanTooLarge
@@ -142,9 +142,12 @@ def _parsing(path: Path) -> Iterator[None]:
 
 def _parsed(path: Path, **options: Any) -> FileDataset:
     """The file's data set. Deflated ones are refused: they unpack to any size before anything of them can be read."""
-    if read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-        raise ScanRejected(f"{path}: deflated DICOM; convert it, with dcm2niix for instance")
-    return pydicom.dcmread(path, **options)
+    with path.open("rb") as file:
+        read_preamble(file, force=False)
+        if _read_file_meta_info(file).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            raise ScanRejected(f"{path}: deflated DICOM; convert it, with dcm2niix for instance")
+        file.seek(0)
+        return pydicom.dcmread(file, **options)
 
 
 def _dicom_files(folder: Path) -> list[Path]:
@@ -162,9 +165,9 @@ def _dicom_files(folder: Path) -> list[Path]:
 
 
 def _header(path: Path) -> FileDataset:
-    """Headers with their pixels left on disk until they are asked for."""
+    """Everything but the pixels, which are read slice by slice when all headers are found good."""
     with _parsing(path):
-        header = _parsed(path, defer_size="16 KB")
+        header = _parsed(path, stop_before_pixels=True)
         if not header.get("SeriesInstanceUID"):
             raise ScanRejected(f"{path}: damaged DICOM (it names no series)")
         return header
@@ -270,8 +273,8 @@ def _values(name: Path, image: FileDataset, shape: tuple[int, int]) -> np.ndarra
     if image.get("RescaleSlope") is None or image.get("RescaleIntercept") is None:
         raise ScanRejected(f"{name}: RescaleSlope or RescaleIntercept is missing, so its values are not HU")
     try:
-        stored = image.pixel_array
-    except MemoryError:
+        stored = _parsed(Path(str(image.filename))).pixel_array
+    except (MemoryError, CtvaeError):
         raise
     except Exception as error:  # of a decoder, whichever is installed
         syntax = image.file_meta.get("TransferSyntaxUID", "unknown")
