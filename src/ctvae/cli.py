@@ -359,7 +359,7 @@ def export(
 ) -> None:
     """Make a small copy of a run to hand on.
 
-    Half-precision weights and none of the training data; every command takes the folder as MODEL.
+    Half-precision weights, no scans or latents (what the flow keeps of them: docs); every command takes the folder as MODEL.
 
     Example: ctvae export run --out model --card model-card.md
     """

@@ -1,4 +1,7 @@
-"""The verb `export`: a finished run as a small folder to hand on, with half-precision weights and nothing of the training data.
+"""The verb `export`: a finished run as a small folder to hand on, with half-precision weights and no scans or latents.
+
+Not nothing of the training data: the flow holds position and spacing of every training group, and the mean and leading
+directions of their latents, which come near single scans where there are hardly more groups than directions.
 
     OUT/config.yaml, autoencoder.safetensors, prior-flow.safetensors, prior-normal.safetensors, README.md (the model card)
 """
