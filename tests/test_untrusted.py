@@ -7,6 +7,7 @@ import json
 import pickle
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ctvae import checkpoint, files, nifti
-from ctvae.config import load_recipe
+from ctvae.checkpoint import load, save
+from ctvae.config import dump_config, load_recipe, with_overrides
 from ctvae.dataset import Dataset
-from ctvae.errors import InputError, ModelError, ScanRejected
+from ctvae.errors import ConfigError, InputError, ModelError, ScanRejected
+from ctvae.model import open_model
 from ctvae.models import build
 from ctvae.runlog import Run
+from ctvae.training.prior import build_velocity
 from ctvae.volume import Volume, plain_affine
+from ctvae.wiener import WienerVelocity
 
 PACKAGE = Path(__file__).parents[1] / "src" / "ctvae"
 RUNS_CODE = {"pickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
@@ -289,3 +294,65 @@ def test_json_that_is_too_large_or_deep_is_refused(tmp_path):
     (tmp_path / "a.json").write_text("[" * 10**5)
     with pytest.raises(ValueError, match="deep"):
         files.read_json(tmp_path / "a.json")
+
+
+# --- a whole model folder --------------------------------------------------------------------------------------------
+
+
+def small_model(folder: Path, **model: Any) -> Path:
+    """A model folder with a flow, as training writes it; `model` replaces what config.yaml says after the weights are made."""
+    cfg = with_overrides(load_recipe("wavelet3d"), ["model.widths=[4,4,4]", "model.latent_channels=2", "prior.widths=[32,32]"])
+    network = build(cfg.model, (8, 8, 16))
+    save(folder / "autoencoder.safetensors", network.state_dict(), {"shape": (8, 8, 16)})
+    wiener = WienerVelocity(torch.zeros(4), torch.ones(1, 4), torch.ones(4))
+    flow = {f"flow.{k}": v for k, v in build_velocity(cfg.prior, (2, 1, 1, 2), 3, wiener).state_dict().items()}
+    code = {"code.shift": torch.zeros(2), "code.scale": torch.ones(2)}
+    told = {"conditions.mean": torch.zeros(3), "conditions.std": torch.ones(3), "conditions.known": torch.ones(2, 3)}
+    meta = {"latent_shape": (2, 1, 1, 2), "conditions": ["position", "pixel_mm", "slice_mm"]}
+    save(folder / "prior-flow.safetensors", {**flow, **code, **told}, meta)
+    claimed = cfg.model_copy(update={"model": cfg.model.model_copy(update=model)})
+    (folder / "config.yaml").write_text(dump_config(claimed))
+    return folder
+
+
+def test_a_model_folder_as_training_writes_it_opens_and_draws(tmp_path):
+    assert open_model(small_model(tmp_path)).draw("flow", 0, 0, steps=1).latent.shape == (1, 2, 1, 1, 2)
+
+
+def test_a_model_whose_config_claims_enormous_widths_takes_no_memory(tmp_path):
+    folder = small_model(tmp_path, widths=(8192, 8192, 8192))  # some 300 GB of weights
+    with pytest.raises(ModelError, match=r"weights do not fit config\.yaml"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("setting", ["widths=[1000000,4,4]", "latent_channels=100000000", "blocks=[1,2,100000]"])
+def test_sizes_beyond_any_network_are_refused_by_the_config(setting):
+    with pytest.raises(ConfigError, match="less than or equal"):
+        with_overrides(load_recipe("wavelet3d"), [f"model.{setting}"])
+
+
+def test_a_config_of_aliases_is_refused(tmp_path):
+    folder = small_model(tmp_path)
+    (folder / "config.yaml").write_text("a: &a [1, 1]\nb: [*a, *a]\n")
+    with pytest.raises(ConfigError, match="aliases"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("lost", ["flow.mean", "conditions.std", "conditions.known", "flow.correction.entry.weight"])
+def test_a_flow_without_one_of_its_tensors_is_refused_in_one_line(tmp_path, lost):
+    path = small_model(tmp_path) / "prior-flow.safetensors"
+    tensors, meta = load(path)
+    del tensors[lost]
+    save(path, tensors, meta)
+    with pytest.raises(ModelError) as refusal:
+        open_model(tmp_path).draw("flow", 0, 0, steps=1)
+    assert "\n" not in str(refusal.value)
+    assert lost.removeprefix("flow.") in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "prior-flow"])
+def test_weights_that_do_not_say_their_shape_are_refused(tmp_path, name):
+    path = small_model(tmp_path) / f"{name}.safetensors"
+    save(path, load(path)[0], {})
+    with pytest.raises(ModelError, match=r"names no (latent_)?shape"):
+        open_model(tmp_path).draw("flow", 0, 0, steps=1)

@@ -41,7 +41,6 @@ class EMA:
             else:
                 self.weights[name].copy_(value)
 
-
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:
         """The module has the averaged weights, and is in evaluation mode, inside the block."""

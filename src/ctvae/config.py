@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ctvae import files
 from ctvae.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -30,6 +31,8 @@ WINDOW_PRESETS_HU = {
     "soft": (-160.0, 240.0),
 }
 Size3 = tuple[int, int, int]
+Widths = Annotated[tuple[Annotated[int, Field(ge=1, le=8192)], ...], Field(min_length=1, max_length=12)]
+Blocks = Annotated[tuple[Annotated[int, Field(ge=0, le=64)], ...], Field(max_length=12)]
 Steps = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -43,8 +46,8 @@ class Slice2D(Section):
     """A VAE on single axial slices; a volume is its slices side by side (`models/slice2d.py`)."""
 
     kind: Literal["slice2d"] = "slice2d"
-    widths: tuple[int, ...] = Field((32, 64, 128, 256), description="channels after each stride-2 convolution")
-    latent_size: int = Field(128, ge=1, description="numbers per slice")
+    widths: Widths = Field((32, 64, 128, 256), description="channels after each stride-2 convolution")
+    latent_size: int = Field(128, ge=1, le=2**20, description="numbers per slice")
 
     @property
     def grid(self) -> Size3:
@@ -57,10 +60,10 @@ class Stack2D(Section):
     """2D convolutions with the slices of a group as input channels (`models/stack2d.py`)."""
 
     kind: Literal["stack2d"] = "stack2d"
-    base: int = Field(2, ge=1, description="channels of the first convolution; each stage doubles them")
+    base: int = Field(2, ge=1, le=8192, description="channels of the first convolution; each stage doubles them")
     stages: int = Field(4, ge=1, le=8, description="stride-2 convolutions")
-    slices_per_stack: int = Field(64, ge=1, description="slices taken as input channels at a time")
-    latent_size: int = Field(128, ge=1, description="numbers per stack")
+    slices_per_stack: int = Field(64, ge=1, le=4096, description="slices taken as input channels at a time")
+    latent_size: int = Field(128, ge=1, le=2**20, description="numbers per stack")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -76,9 +79,9 @@ class Conv3D(Section):
     """Six 3D convolutions to one dense latent vector (`models/conv3d.py`)."""
 
     kind: Literal["conv3d"] = "conv3d"
-    widths: tuple[int, ...] = Field((16, 32, 64, 128, 256, 512), description="channels after each convolution")
+    widths: Widths = Field((16, 32, 64, 128, 256, 512), description="channels after each convolution")
     stride: int = Field(2, ge=1, le=2, description="stride of each convolution; 1 is the cited net, which fits nowhere")
-    latent_size: int = Field(64, ge=1, description="numbers per volume")
+    latent_size: int = Field(64, ge=1, le=2**20, description="numbers per volume")
 
     @property
     def grid(self) -> Size3:
@@ -92,9 +95,9 @@ class Wavelet3D(Section):
 
     kind: Literal["wavelet3d"] = "wavelet3d"
     strides: tuple[Size3, ...] = Field(((2, 2, 2),) * 3, description="per-axis (D H W) Haar steps, fine to coarse")
-    widths: tuple[int, ...] = Field((32, 128, 160), description="channels after each Haar step")
-    blocks: tuple[int, ...] = Field((1, 2, 2), description="residual blocks after each Haar step")
-    latent_channels: int = Field(32, ge=1, description="channels of the latent volume")
+    widths: Widths = Field((32, 128, 160), description="channels after each Haar step")
+    blocks: Blocks = Field((1, 2, 2), description="residual blocks after each Haar step")
+    latent_channels: int = Field(32, ge=1, le=1024, description="channels of the latent volume")
     checkpointing: bool = Field(False, description="recompute each block in the backward pass: less memory, more time")
 
     @property
@@ -184,7 +187,7 @@ class Polish(Training):
     adversarial_weight: float = Field(0.02, ge=0)
     feature_weight: float = Field(0.3, ge=0, description="on the discriminator's features: the perceptual loss")
     latent_noise: float = Field(0.1, ge=0, description="noise on the latents, in standard deviations")
-    discriminator_width: int = Field(32, ge=1)
+    discriminator_width: int = Field(32, ge=1, le=1024)
     discriminator_lr: Positive = 2e-4
 
 
@@ -195,12 +198,12 @@ class Prior(Training):
     batch: Steps = 8
     lr: Positive = 1e-3
     ema_decay: Share = 0.998
-    widths: tuple[int, ...] = Field((96, 160, 192), description="channels of the U-Net per resolution, fine to coarse")
-    blocks: int = Field(2, ge=1, description="residual blocks per resolution, down and up")
-    rank: int = Field(64, ge=0, description="principal directions of the Gaussian that the flow starts from")
-    mlp_width: int = Field(512, ge=8, description="width of the MLP for vector latents")
-    encodings: int = Field(2, ge=1, description="augmented encodings stored per training group")
-    sampling_steps: int = Field(25, ge=1, description="Heun steps at generation; two evaluations each")
+    widths: Widths = Field((96, 160, 192), description="channels of the U-Net per resolution, fine to coarse")
+    blocks: int = Field(2, ge=1, le=64, description="residual blocks per resolution, down and up")
+    rank: int = Field(64, ge=0, le=4096, description="principal directions of the Gaussian that the flow starts from")
+    mlp_width: int = Field(512, ge=8, le=8192, description="width of the MLP for vector latents")
+    encodings: int = Field(2, ge=1, le=1024, description="augmented encodings stored per training group")
+    sampling_steps: int = Field(25, ge=1, le=10_000, description="Heun steps at generation; two evaluations each")
     guidance: float = Field(1.5, ge=0, description="classifier-free guidance by the conditions; 1: none")
     null_probability: float = Field(0.1, ge=0, le=1, description="share of steps that hide the conditions")
 
@@ -263,8 +266,8 @@ def with_overrides(cfg: Config, overrides: Sequence[str]) -> Config:
 def load_config(path: Path) -> Config:
     """A saved `config.yaml`. Raises ConfigError."""
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = files.read_yaml(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from error
     return validated(tree, source=str(path))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +93,7 @@ def generate(
     """
     loaded, folder = load(model), Path(out)
     paths = [folder / f"synthetic-{seed}-{index:04d}.nii.gz" for index in range(count)]
+    files.sweep(folder)
     if not overwrite:
         _refuse_foreign(paths, loaded, prior, steps or loaded.cfg.prior.sampling_steps)
     with Progress(f"generate ({prior})", total=count) as bar:
@@ -115,7 +115,7 @@ def _refuse_foreign(paths: list[Path], model: Model, prior: str, steps: int) -> 
 def _told(path: Path) -> dict[str, Any]:
     """What a sidecar says; nothing where it is damaged."""
     try:
-        told = json.loads(path.read_text())
+        told = files.read_json(path)
     except (OSError, ValueError):
         return {}
     return told if isinstance(told, dict) else {}

@@ -6,22 +6,25 @@ Shapes:  D H W voxels   latents [1 Z d h w] or [1 N Z], with a batch axis of one
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ctvae import flow, intensity, preprocess
-from ctvae.checkpoint import file_hash, load
+from ctvae.checkpoint import built, file_hash, load
 from ctvae.config import Config, Prior, Size3, Wavelet3D, load_config, nearest
 from ctvae.device import generator, place
 from ctvae.errors import InputError, ModelError
 from ctvae.latents import LatentCode
 from ctvae.models import build
+from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.velocity import Velocity
 from ctvae.models.wavelet3d import halo
 from ctvae.priors import CLOSED_FORM
@@ -60,19 +63,15 @@ class Model:
         self.folder = folder
         tensors, meta = load(folder / "autoencoder.safetensors")
         self.cfg: Config = load_config(folder / "config.yaml")
-        self.shape: Size3 = tuple(meta["shape"])  # type: ignore[assignment]
+        self.shape: Size3 = _sizes(meta, "shape", 3, folder)  # type: ignore[assignment]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.network = build(self.cfg.model, self.shape)
-        self._load_weights(self.network, tensors)
+        self.network: Autoencoder = self._ready(lambda: build(self.cfg.model, self.shape), tensors)
         self.hash = file_hash(folder / "autoencoder.safetensors")
 
-    def _load_weights(self, network: nn.Module, tensors: dict[str, Tensor]) -> None:
-        try:
-            network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
-        except RuntimeError as error:
-            raise ModelError(f"{self.folder}: weights do not fit config.yaml ({str(error).splitlines()[-1].strip()})") from error
+    def _ready(self, make: Callable[[], Any], tensors: dict[str, Tensor]) -> Any:
+        network = built(make, tensors, self.folder)
         place(network, self.device)
-        network.eval().requires_grad_(False)
+        return network.eval().requires_grad_(False)
 
     # --- encode and decode -------------------------------------------------------------------------------------------
 
@@ -161,7 +160,8 @@ class Model:
         if prior == "flow":
             return self._flow.draw(self.network.latent_shape, random, steps or self.cfg.prior.sampling_steps)
         tensors, _ = self._prior_tensors(prior)
-        fitted = CLOSED_FORM[prior].from_tensors({name: value.numpy() for name, value in tensors.items()})
+        with self._complaint_about(prior):
+            fitted = CLOSED_FORM[prior].from_tensors({name: value.numpy() for name, value in tensors.items()})
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=random)))
         z = torch.from_numpy(np.asarray(fitted.sample(rng), np.float32))[None]
         return Draw(z, _pick(tensors["conditions.known"], random))
@@ -183,12 +183,21 @@ class Model:
     def _flow(self) -> FlowPrior:
         tensors, meta = self._prior_tensors("flow")
         tensors = {name: value.float() for name, value in tensors.items()}
-        wiener = WienerVelocity(*(tensors[f"flow.{name}"] for name in ("mean", "factors", "rest")))
-        network = build_velocity(self.cfg.prior, tuple(meta["latent_shape"]), len(CONDITIONS), wiener)
-        self._load_weights(network, _below("flow.", tensors))
-        conditioning = Conditioning(tensors["conditions.mean"], tensors["conditions.std"])
-        code = LatentCode(_below("code.", tensors))
-        return FlowPrior(code, network, conditioning, tensors["conditions.known"], self.cfg.prior)
+        shape = _sizes(meta, "latent_shape", len(self.network.latent_shape), self.folder)
+        with self._complaint_about("flow"):
+            wiener = WienerVelocity(*(tensors[f"flow.{name}"] for name in ("mean", "factors", "rest")))
+            conditioning = Conditioning(tensors["conditions.mean"], tensors["conditions.std"])
+            code, known = LatentCode(_below("code.", tensors)), tensors["conditions.known"]
+        make = partial(build_velocity, self.cfg.prior, shape, len(CONDITIONS), wiener)
+        return FlowPrior(code, self._ready(make, _below("flow.", tensors)), conditioning, known, self.cfg.prior)
+
+    @contextmanager
+    def _complaint_about(self, prior: str) -> Iterator[None]:
+        """A prior's file without the tensors that it needs is a ModelError."""
+        try:
+            yield
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ModelError(f"{self.folder}/prior-{prior}.safetensors: damaged or not a {prior} prior ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -218,6 +227,13 @@ class FlowPrior:
                 return self.network(x, t, told)
 
         return at
+
+
+def _sizes(meta: dict[str, Any], key: str, axes: int, folder: Path) -> tuple[int, ...]:
+    sizes = meta.get(key)
+    if not isinstance(sizes, list) or len(sizes) != axes:
+        raise ModelError(f"{folder}: a weights file names no {key} of {axes} axes; train or download the model again")
+    return tuple(sizes)
 
 
 def _pick(known: Tensor, random: torch.Generator) -> dict[str, float]:

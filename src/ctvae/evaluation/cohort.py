@@ -7,7 +7,6 @@ stand in for synthetic scans when a floor is measured. Training scans are what c
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ctvae import nifti
+from ctvae import files, nifti
 from ctvae.dataset import FILE, SPLITS, Dataset, Group
 from ctvae.errors import InputError
 from ctvae.evaluation.grid import Triple
@@ -81,7 +80,7 @@ def refuse_made_from(path: Path, real: Sequence[Scan]) -> None:
     hashes: dict[str, str] = {}
     for sidecar in sorted(path.glob("*.json")):
         try:
-            content = json.loads(sidecar.read_text(encoding="utf-8"))
+            content = files.read_json(sidecar)
         except (OSError, ValueError) as error:
             raise InputError(f"{sidecar}: not a readable provenance sidecar; remove it or generate again") from error
         known = [f"patient {name}" for name in _values_of(content, PATIENT_KEYS) if name in patients]

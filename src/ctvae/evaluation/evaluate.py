@@ -17,7 +17,7 @@ from ctvae.evaluation.outliers import stand_out
 from ctvae.evaluation.realism import Floors, Judged
 from ctvae.evaluation.sides import Measured, Progress, SyntheticSet, measure, synthetic_sets
 from ctvae.evaluation.verdict import overall, verdict
-from ctvae.files import write_json, write_text
+from ctvae.files import sweep, write_json, write_text
 from ctvae.version import __version__
 from ctvae.volume import Volume
 
@@ -57,6 +57,7 @@ def evaluate(
     models = dict(reconstruct) if isinstance(reconstruct, Mapping) else {"the model": reconstruct} if reconstruct else {}
     if not paths:
         raise InputError("no synthetic folder named; give at least one with --synthetic")
+    sweep(out)
     scans = cohort.real_scans(real)
     sets, notes = synthetic_sets(paths, scans)
     dealt = cohort.deal(scans, split, seed)
@@ -129,7 +130,7 @@ def _about_set(measured: Measured, one: SyntheticSet, judged: list[Judged], rebu
     own = rebuilt.get(one.name) or (next(iter(rebuilt.values())) if len(rebuilt) == 1 else None)
     return {
         "name": one.name,
-        "path": str(one.path),
+        "path": one.path.resolve().name,
         "scans": len(one.scans),
         "verdict": verdict(measures, chance, copies, odd, own),
         "measures": measures,
@@ -190,7 +191,7 @@ def _reconstruction(again: Again, split: str, seed: int) -> dict[str, Any]:
 def _about_real(path: Path, real: Cohort) -> dict[str, Any]:
     return {
         "name": path.resolve().name,
-        "path": str(path),
+        "path": path.resolve().name,
         "split": real.split,
         "patients": len(real.reference) + len(real.others),
         "reference": [scan.name for scan in real.reference],

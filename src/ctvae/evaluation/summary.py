@@ -147,7 +147,7 @@ def _measure(volume: Volume, grid: Grid, name: str, medicalnet: MedicalNet | Non
         texture=np.array(list(texture(hu, body, spacing_mm).values())),
         layout=layout(cells),
         learned=seen,
-        cells=np.rint(cells).astype(np.int16),
+        cells=np.rint(cells).astype(np.int16, order="C"),
         medicalnet=known,
     )
 
