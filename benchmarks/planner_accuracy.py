@@ -149,7 +149,7 @@ def work(setting: Setting, size: Size3, folder: Path) -> dict[str, int]:
 def encoded(folder: Path, cfg: Config, groups: TrainingGroups) -> LatentSet:
     network = build(cfg.model, groups.shape)
     network.load_state_dict(load(folder / "autoencoder.safetensors")[0])
-    return encode_groups(network.eval(), groups, cfg.prior.encodings, cfg.seed, cfg.autoencoder.precision)
+    return encode_groups(network.eval(), groups, cfg.prior, cfg.seed, cfg.autoencoder.precision)
 
 
 def random_groups(cfg: Config, hu: np.ndarray) -> TrainingGroups:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from ctvae import runlog
 from ctvae.checkpoint import Checkpoints, load
@@ -20,7 +22,7 @@ from ctvae.errors import ConfigError, ModelError, TrainingDiverged
 from ctvae.latents import LatentCode, LatentSet
 from ctvae.model import open_model
 from ctvae.training import autoencoder, polish, prior
-from ctvae.training.groups import TrainingGroups, training_shape
+from ctvae.training.groups import TrainingGroups, in_plane, training_shape
 from ctvae.training.train import train
 
 SHAPE = (64, 32, 32)
@@ -308,6 +310,41 @@ def test_an_augmented_group_is_shifted_within_its_limits(dataset):
         assert len(shifts) == 1
         seen.add(shifts[0])
     assert len(seen) > 10  # of 15
+
+
+def disc(centre: tuple[float, float], radius: float) -> Tensor:
+    """[1 2 48 64] in -1..1, a smooth disc in air."""
+    h, w = torch.meshgrid(torch.arange(48.0), torch.arange(64.0), indexing="ij")
+    distance = ((h - centre[0]).square() + (w - centre[1]).square()).sqrt()
+    return (2 * torch.sigmoid(radius - distance) - 1).expand(1, 2, 48, 64)
+
+
+@pytest.mark.parametrize(("degrees", "zoom"), [(0.0, 1.0), (30.0, 1.0), (-50.0, 1.2), (0.0, 0.8)])
+def test_a_group_is_turned_and_magnified_in_plane_about_its_centre(degrees, zoom):
+    h, w = 8.0, -3.0  # from the centre, in voxels
+    angle = math.radians(degrees)
+    moved = zoom * (h * math.cos(angle) + w * math.sin(angle)), zoom * (w * math.cos(angle) - h * math.sin(angle))
+    x = in_plane(disc((23.5 + h, 31.5 + w), 6.0), degrees, zoom)
+    expected = (2 * torch.sigmoid(6.0 - radii(moved) / zoom) - 1).expand(1, 2, 48, 64)
+    assert (x - expected).abs().max() < 0.08  # linear interpolation of a soft edge
+
+
+def radii(centre: tuple[float, float]) -> Tensor:
+    h, w = torch.meshgrid(torch.arange(48.0) - 23.5, torch.arange(64.0) - 31.5, indexing="ij")
+    return ((h - centre[0]).square() + (w - centre[1]).square()).sqrt()
+
+
+def test_a_turned_group_keeps_its_amount_of_body_and_says_its_zoom(dataset):
+    groups = groups_of(dataset, max_shift_voxels=(0, 0, 0))
+    body = (groups.plain(0) > -0.3).sum().item()
+    zooms = []
+    for seed in range(10):
+        x, zoom = groups.turned(0, torch.Generator().manual_seed(seed), 10.0, 0.1)
+        assert 1 / 1.1 <= zoom <= 1.1
+        zooms.append(zoom)
+        assert (x > -0.3).sum().item() == pytest.approx(body * zoom**2, rel=0.12)
+    assert min(zooms) < 0.97
+    assert max(zooms) > 1.03
 
 
 def test_noise_has_the_deviation_that_the_settings_say(dataset):

@@ -27,6 +27,11 @@ class LatentSet:
     def __len__(self) -> int:
         return len(self.means)
 
+    def plain(self) -> LatentSet:
+        """The first encoding of every group, which is not augmented."""
+        first = [self.groups.index(group) for group in dict.fromkeys(self.groups)]
+        return LatentSet(self.means[first], self.logvars[first], self.conditions[first], [self.groups[i] for i in first])
+
     def posterior_sample(self, indices: list[int], random: torch.Generator) -> Tensor:
         """Fresh samples of the encodings `indices`, float32."""
         mean, logvar = self.means[indices].float(), self.logvars[indices].float()

@@ -5,8 +5,11 @@ Shapes:  B batch   D H W voxels
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ctvae import intensity
@@ -34,10 +37,10 @@ def training_shape(dataset: Dataset, cfg: Config) -> Size3:
     return intensity.multiple_above(largest, cfg.model.grid)
 
 
-def conditions(group: Group) -> list[float]:
-    """What the prior may be told about a group, in the order of CONDITIONS."""
+def conditions(group: Group, zoom: float = 1.0) -> list[float]:
+    """What the prior may be told about a group, magnified in plane by `zoom`, in the order of CONDITIONS."""
     x_mm, _, z_mm = group.spacing_mm
-    return [group.position, x_mm, z_mm]
+    return [group.position, x_mm / zoom, z_mm]
 
 
 class TrainingGroups:
@@ -65,6 +68,15 @@ class TrainingGroups:
             low, high = self.data.window_hu
             x = x + torch.randn(x.shape, generator=random) * (2 * self.data.noise_hu / (high - low))
         return x.clamp(-1, 1)
+
+    def turned(self, index: int, random: torch.Generator, max_degrees: float, max_zoom: float) -> tuple[Tensor, float]:
+        """Group `index` shifted at random, then turned and zoomed in plane: [1 D H W], and the zoom (1.1: larger).
+
+        Patients lie like that, and a zoomed one is a smaller or larger one: no slice is mixed with another, none is missing.
+        """
+        degrees = max_degrees * (2 * torch.rand((), generator=random).item() - 1)
+        zoom = (1 + max_zoom) ** (2 * torch.rand((), generator=random).item() - 1)
+        return in_plane(self.augmented(index, random), degrees, zoom), zoom
 
     def plain(self, index: int) -> Tensor:
         """Group `index` as it is: [1 D H W]."""
@@ -95,3 +107,13 @@ class TrainingGroups:
             room = max(0, volume.shape[axis] - size)
             volume = volume.narrow(axis, min(max(0, start), room), min(size, volume.shape[axis]))
         return volume
+
+
+def in_plane(x: Tensor, degrees: float, zoom: float) -> Tensor:
+    """Every slice of x [1 D H W] in -1..1 turned about its centre (from W towards H) and magnified; air comes in at the edges."""
+    height, width = x.shape[2:]
+    cos, sin = math.cos(math.radians(degrees)) / zoom, math.sin(math.radians(degrees)) / zoom
+    # Where each voxel comes from, in halves of the width and height.
+    source = torch.tensor([[[cos, sin * height / width, 0.0], [-sin * width / height, cos, 0.0]]])
+    grid = F.affine_grid(source, [1, 1, height, width], align_corners=False)
+    return F.grid_sample(x + 1, grid.to(x.dtype), mode="bilinear", padding_mode="zeros", align_corners=False) - 1

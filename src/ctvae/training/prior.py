@@ -88,7 +88,7 @@ def train_prior(run: Run, cfg: Config, latents: LatentSet, held_out: LatentSet |
 
     Raises TrainingDiverged when a loss is not finite.
     """
-    fit_closed_form(run, latents)
+    fit_closed_form(run, latents.plain())
     code = LatentCode.fit(latents)
     conditioning = Conditioning.fit(latents.conditions)
     shape = tuple(latents.means.shape[1:])
@@ -97,17 +97,16 @@ def train_prior(run: Run, cfg: Config, latents: LatentSet, held_out: LatentSet |
     figures = train_flow(run, cfg, network, Data(latents, held_out, flow_batches(cfg, code, conditioning)))
     tensors = {f"flow.{key}": value for key, value in network.state_dict().items()}
     tensors |= {f"code.{key}": value for key, value in code.tensors.items()}
-    tensors |= {"conditions.mean": conditioning.mean, "conditions.std": conditioning.std, "conditions.known": latents.conditions}
+    tensors |= {"conditions.mean": conditioning.mean, "conditions.std": conditioning.std}
+    tensors["conditions.known"] = latents.plain().conditions
     save(run.folder / "prior-flow.safetensors", tensors, {"latent_shape": shape, "conditions": CONDITIONS, **figures})
     run.finish_stage("prior", **figures)
     run.checkpoints("flow").clear()
 
 
 def fit_closed_form(run: Run, latents: LatentSet) -> None:
-    """The priors that need no training loop: normal, gaussian, mixture."""
-    first = [latents.groups.index(group) for group in dict.fromkeys(latents.groups)]  # one encoding per group
-    means = latents.means[first].float().numpy()
-    variances = latents.logvars[first].float().exp().numpy()
+    """The priors that need no training loop: normal, gaussian, mixture. `latents` holds one encoding per group."""
+    means, variances = latents.means.float().numpy(), latents.logvars.float().exp().numpy()
     for name, kind in priors.CLOSED_FORM.items():
         path = run.folder / f"prior-{name}.safetensors"
         if not path.exists():
@@ -224,21 +223,26 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 @torch.no_grad()
 def encode_groups(
-    network: Autoencoder, groups: TrainingGroups, encodings: int, seed: int, precision: str = "bf16"
+    network: Autoencoder, groups: TrainingGroups, cfg: Prior, seed: int, precision: str = "bf16"
 ) -> LatentSet:
-    """Posterior moments of every group, `encodings` times each under the training augmentation (the first without)."""
+    """Posterior moments of every group, `cfg.encodings` times each: first as it is, then augmented.
+
+    A zoomed group is told with the spacing that makes its patient as large as before, so augmentation is no leak into samples.
+    """
     means, logvars, told, ids = [], [], [], []
     device = next(network.parameters()).device
-    with Progress("encoding", total=len(groups) * encodings) as bar:
+    with Progress("encoding", total=len(groups) * cfg.encodings) as bar:
         for index, group in enumerate(groups.groups):
-            for number in range(encodings):
-                random = generator(seed, index * encodings + number, stream=5)
-                x = groups.augmented(index, random) if number else groups.plain(index)
+            for number in range(cfg.encodings):
+                random = generator(seed, index * cfg.encodings + number, stream=5)
+                x, zoom = groups.plain(index), 1.0
+                if number:
+                    x, zoom = groups.turned(index, random, cfg.max_rotation_degrees, cfg.max_zoom)
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     mean, logvar = network.encode(x[None].to(device))
                 means.append(mean[0].half().cpu())
                 logvars.append(logvar[0].half().cpu())
-                told.append(conditions(group))
+                told.append(conditions(group, zoom))
                 ids.append(group.id)
                 bar.update(len(ids))
     return LatentSet(torch.stack(means), torch.stack(logvars), torch.tensor(told, dtype=torch.float32), ids)

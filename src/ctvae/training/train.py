@@ -139,9 +139,10 @@ def _latents(run: Run, data: Dataset, cfg: Config) -> tuple[LatentSet, LatentSet
         network.load_state_dict(load(weights)[0])
         network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         precision = cfg.autoencoder.precision
-        encode_groups(network, _groups(data, cfg, "train"), cfg.prior.encodings, cfg.seed, precision).save(training)
+        encode_groups(network, _groups(data, cfg, "train"), cfg.prior, cfg.seed, precision).save(training)
         if data.groups("validation"):
-            encode_groups(network, _groups(data, cfg, "validation"), 1, cfg.seed, precision).save(validation)
+            once = cfg.prior.model_copy(update={"encodings": 1})
+            encode_groups(network, _groups(data, cfg, "validation"), once, cfg.seed, precision).save(validation)
     return LatentSet.load(training), LatentSet.load(validation) if validation.exists() else None
 
 
