@@ -204,7 +204,7 @@ class Prior(Training):
     mlp_width: int = Field(512, ge=8, le=8192, description="width of the MLP for vector latents")
     encodings: int = Field(2, ge=1, le=1024, description="stored per training group: the first as it is, others augmented")
     max_rotation_degrees: float = Field(6.0, ge=0, le=180, description="about the body's axis, of the augmented encodings")
-    max_zoom: float = Field(0.08, ge=0, lt=0.5, description="in plane, of the augmented encodings, whose spacing is told to match")
+    max_zoom: float = Field(0.08, ge=0, lt=0.5, description="in plane, of the augmented encodings; their told spacing follows")
     sampling_steps: int = Field(25, ge=1, le=10_000, description="Heun steps at generation; two evaluations each")
     guidance: float = Field(1.5, ge=0, description="classifier-free guidance by the conditions; 1: none")
     null_probability: float = Field(0.1, ge=0, le=1, description="share of steps that hide the conditions")
