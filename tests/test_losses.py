@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from ctvae import losses
+from ctvae import haar, losses
 
 
 def ramp(d: float, h: float, w: float, shape: tuple[int, int, int] = (5, 6, 7)) -> torch.Tensor:
@@ -65,3 +67,24 @@ def test_a_window_beyond_which_nothing_is_learned():
     losses.window_l1(x, torch.full_like(x, 0.1), -0.2, 0.2).backward()
     assert x.grad is not None
     assert (x.grad.flatten() != 0).tolist() == [False, True, False]
+
+
+def test_the_detail_gap_is_what_the_detail_was_scaled_by():
+    x = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    bands = haar.forward(x)
+    weaker = haar.inverse(torch.cat((bands[:, :1], 0.5 * bands[:, 1:]), dim=1))
+    assert losses.detail_gap_db(x, x) == 0
+    assert losses.detail_gap_db(x, weaker, levels=1) == pytest.approx(20 * math.log10(2), abs=1e-3)
+    assert losses.detail_gap_db(weaker, x, levels=1) == pytest.approx(20 * math.log10(2), abs=1e-3)  # made up counts as lost
+    assert losses.detail_gap_db(x, weaker) == pytest.approx(10 * math.log10(2), abs=1e-3)  # the second level is whole
+
+
+def test_the_detail_gap_does_not_ask_where_an_edge_lies():
+    x = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert losses.detail_gap_db(x, x.roll((4, 4, 4), (2, 3, 4))) == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (2, 18, 21), (6, 7, 9)])
+def test_the_detail_gap_takes_any_size(shape):
+    x = torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(0))
+    assert 4 < losses.detail_gap_db(x, 0.5 * x) < 20 * math.log10(2) + 1e-3

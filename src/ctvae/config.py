@@ -183,8 +183,8 @@ class Polish(Training):
     enabled: bool = False
     steps: Steps = 2000
     lr: Positive = 2e-4
-    save_every: int = Field(40, ge=1, description="steps from one held-out PSNR to the next; the best weights are kept")
-    adversarial_weight: float = Field(0.02, ge=0)
+    save_every: int = Field(40, ge=1, description="steps from one held-out score to the next; the best weights are kept")
+    adversarial_weight: float = Field(0.03, ge=0)
     feature_weight: float = Field(0.3, ge=0, description="on the discriminator's features: the perceptual loss")
     latent_noise: float = Field(0.1, ge=0, description="noise on the latents, in standard deviations")
     discriminator_width: int = Field(32, ge=1, le=1024)

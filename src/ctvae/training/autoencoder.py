@@ -6,6 +6,7 @@ Shapes:  B batch   D H W voxels   latents [B ...] as the method makes them
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,13 @@ from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
 
 VALIDATION_GROUPS = 4
+
+
+class HeldOut(NamedTuple):
+    """Reconstructions of held-out groups: nearness to them, and how far they are from being as sharp; NaN without any."""
+
+    psnr_db: float = math.nan
+    detail_gap_db: float = math.nan
 
 
 class Reconstruction:
@@ -86,7 +94,7 @@ def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validatio
     curve = Curve(run, "autoencoder", start)
     objective, fabric_optimizer = fabric.setup(Objective(network, settings, cfg.data.window_hu), optimizer)
     window: dict[str, Tensor] = {}
-    step, logged, held_out = start, start, math.nan
+    step, logged, held_out = start, start, HeldOut()
 
     def keep() -> None:
         checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds})
@@ -105,7 +113,8 @@ def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validatio
                         f"{run.folder}: loss is {total} by step {step}; train again with another --out and "
                         f"--set autoencoder.lr={settings.lr / 3:.2g}"
                     )
-                curve.log(step, {"loss": total, **means, "lr": optimizer.param_groups[0]["lr"], "held_out_psnr_db": held_out})
+                held = {f"held_out_{name}": value for name, value in held_out._asdict().items()}
+                curve.log(step, {"loss": total, **means, "lr": optimizer.param_groups[0]["lr"], **held})
                 bar.update(step, loss=total, seconds_left=clock.seconds_left(step, start))
                 window, logged = {}, step
             if step > start and (last or step % settings.save_every == 0):
@@ -131,7 +140,7 @@ def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validatio
 
     curve.close()
     network.load_state_dict(ema.weights)
-    figures = {"validation_psnr_db": round(held_out, 3)} if math.isfinite(held_out) else {}
+    figures = {f"validation_{name}": round(value, 3) for name, value in held_out._asdict().items() if math.isfinite(value)}
     save_autoencoder(run, cfg, network, training.shape, {"steps": step, "seconds": clock.seconds, **figures})
     run.finish_stage("autoencoder", steps=step, seconds=round(clock.seconds), **figures)
     checkpoints.clear()
@@ -152,17 +161,18 @@ def load_autoencoder(run: Run, cfg: Config) -> tuple[Autoencoder, dict]:
 
 
 @torch.no_grad()
-def validate(network: Autoencoder, groups: TrainingGroups, run: Run, cfg: Config, name: str = "autoencoder") -> float:
-    """Mean PSNR in dB over -1..1 of a few held-out groups, pictured beside their reconstructions; NaN without any."""
-    rows, psnrs = [], []
+def validate(network: Autoencoder, groups: TrainingGroups, run: Run, cfg: Config, name: str = "autoencoder") -> HeldOut:
+    """Means over a few held-out groups, which are pictured beside their reconstructions. PSNR is over -1..1."""
+    rows, psnrs, gaps = [], [], []
     device = next(network.parameters()).device
     for index in range(min(VALIDATION_GROUPS, len(groups))):
         x = groups.plain(index)[None]
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.autoencoder.precision == "bf16"):
             y = network.decode(network.encode(x.to(device))[0]).float().cpu().clamp(-1, 1)
         psnrs.append(10 * math.log10(4.0 / max(1e-12, (y - x).square().mean().item())))
+        gaps.append(losses.detail_gap_db(x, y))
         rows += [("held out", groups.as_volume(index, x[0, 0])), ("reconstructed", groups.as_volume(index, y[0, 0]))]
     if not rows:
-        return math.nan
+        return HeldOut()
     pictures.preview(rows, run.folder / "previews" / f"{name}.png", cfg.data.window_hu)
-    return sum(psnrs) / len(psnrs)
+    return HeldOut(sum(psnrs) / len(psnrs), sum(gaps) / len(gaps))

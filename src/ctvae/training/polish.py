@@ -4,8 +4,9 @@ A decoder trained on absolute error draws the median of what a latent may stand 
 tells its patches from real ones, the decoder is trained against that and on the discriminator's features besides its first
 losses (Larsen et al. 2016, Esser et al. 2021), and its latents get a little noise, so that it forgives a prior's errors.
 
-An adversary goes on inventing texture for as long as it is let. What is kept are the averaged weights with the best
-held-out PSNR, which rises while edges come back and falls once the texture is made up.
+An adversary goes on inventing texture for as long as it is let. What is kept are the averaged weights with the best score on
+held-out groups: PSNR in dB, less the gap in the strength of fine detail in dB (`losses.detail_gap_db`). A blur has the first
+and not the second; made-up texture loses the first, and in the end both (the two trade: Blau and Michaeli 2018).
 
 Shapes:  B batch   D H W voxels   Z latent channels
 """
@@ -28,7 +29,7 @@ from ctvae.models.discriminator import PatchDiscriminator
 from ctvae.models.wavelet3d import Wavelet3DVAE
 from ctvae.progress import Progress
 from ctvae.runlog import Clock, Curve, Run
-from ctvae.training.autoencoder import Reconstruction, load_autoencoder, save_autoencoder, validate
+from ctvae.training.autoencoder import HeldOut, Reconstruction, load_autoencoder, save_autoencoder, validate
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
@@ -84,29 +85,30 @@ def noisy_latents(network: Autoencoder, x: Tensor, noise: float, random: torch.G
 
 
 class Best:
-    """The weights with the highest held-out PSNR so far, in a file, so that a resumed run knows them."""
+    """The weights with the highest held-out score so far, in a file, so that a resumed run knows them."""
 
     def __init__(self, path: Path):
         self.path = path
 
-    def offer(self, step: int, psnr_db: float, weights: dict[str, Tensor]) -> None:
-        if math.isfinite(psnr_db) and psnr_db >= self._score():
-            save(self.path, weights, {"step": step, "psnr_db": psnr_db})
+    def offer(self, step: int, held_out: HeldOut, weights: dict[str, Tensor]) -> None:
+        score = held_out.psnr_db - held_out.detail_gap_db
+        if math.isfinite(score) and score >= self._score():
+            save(self.path, weights, {"step": step, "score": score, **held_out._asdict()})
 
-    def load_into(self, module: nn.Module, otherwise: dict[str, Tensor]) -> tuple[int, float]:
-        """The step and PSNR in dB of what was loaded; (0, NaN) for `otherwise`, where nothing was held out."""
+    def load_into(self, module: nn.Module, otherwise: dict[str, Tensor]) -> tuple[int, HeldOut]:
+        """The step and figures of what was loaded; (0, NaNs) for `otherwise`, where nothing was held out."""
         if not self.path.exists():
             module.load_state_dict(otherwise)
-            return 0, math.nan
+            return 0, HeldOut()
         tensors, meta = load(self.path)
         module.load_state_dict(tensors)
-        return meta["step"], meta["psnr_db"]
+        return meta["step"], HeldOut(meta["psnr_db"], meta["detail_gap_db"])
 
     def clear(self) -> None:
         self.path.unlink(missing_ok=True)
 
     def _score(self) -> float:
-        return load(self.path)[1]["psnr_db"] if self.path.exists() else -math.inf
+        return load(self.path)[1]["score"] if self.path.exists() else -math.inf
 
 
 def build_judge(discriminator: nn.Module, settings: Polish) -> torch.optim.Adam:
@@ -139,7 +141,7 @@ def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: 
     tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator), judge)
     best = Best(run.folder / "checkpoints" / "polish-best.safetensors")
     window: dict[str, Tensor] = {}
-    step, logged, held_out = start, start, math.nan
+    step, logged, held_out = start, start, HeldOut()
 
     def keep() -> None:
         checkpoints.save(step, pair, ema, optimizer, {"seconds": clock.seconds}, judge)
@@ -158,7 +160,8 @@ def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: 
                         f"{run.folder}: the decoder's loss is not finite by step {step}; train again with another --out and "
                         f"--set polish.lr={settings.lr / 3:.2g}"
                     )
-                curve.log(step, {"loss": total, **means, "lr": optimizer.param_groups[0]["lr"], "held_out_psnr_db": held_out})
+                held = {f"held_out_{name}": value for name, value in held_out._asdict().items()}
+                curve.log(step, {"loss": total, **means, "lr": optimizer.param_groups[0]["lr"], **held})
                 bar.update(step, loss=total, seconds_left=clock.seconds_left(step, start))
                 window, logged = {}, step
             if step > start and (last or step % settings.save_every == 0):
@@ -193,8 +196,9 @@ def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: 
             step += 1
 
     curve.close()
-    kept, psnr_db = best.load_into(pair, otherwise=ema.weights)
-    figures = {"validation_psnr_db": round(psnr_db, 3), "best_step": kept} if math.isfinite(psnr_db) else {}
+    kept, reached = best.load_into(pair, otherwise=ema.weights)
+    figures = {f"validation_{name}": round(value, 3) for name, value in reached._asdict().items() if math.isfinite(value)}
+    figures |= {"best_step": kept} if figures else {}
     save_autoencoder(run, cfg, network, training.shape, {**noted, "polish_steps": step, **figures})
     run.finish_stage("polish", steps=step, seconds=round(clock.seconds), **figures)
     checkpoints.clear()
