@@ -64,11 +64,16 @@ def test_an_unknown_order_is_refused():
         flow.sample(gaussian_velocity, torch.zeros(1, 1), 1, order=3)
 
 
+def straight_loss(velocity, x0, x1, t):
+    """With nothing averaged out."""
+    return flow.matching_loss(velocity, x0, x1, t, x1, torch.zeros_like(x1))
+
+
 @pytest.mark.parametrize("time", [0.0, 0.3, 0.7, 0.95])
 def test_the_true_velocity_leaves_the_conditional_variance(pairs, time):
     """E |v - (x1 - x0)|^2 = Var(x1 - x0) - Cov(x1 - x0, x_t)^2 / Var(x_t) for jointly Gaussian variables."""
     t = torch.full((SAMPLES,), time, dtype=torch.float64)
-    loss = flow.matching_loss(gaussian_velocity, *pairs, t).mean().item()
+    loss = straight_loss(gaussian_velocity, *pairs, t).mean().item()
     covariance, variance = time * S**2 - (1 - time), (1 - time) ** 2 + (time * S) ** 2
     assert loss == pytest.approx(1 + S**2 - covariance**2 / variance, rel=0.01, abs=1e-12)
 
@@ -76,15 +81,15 @@ def test_the_true_velocity_leaves_the_conditional_variance(pairs, time):
 @pytest.mark.parametrize("bias", [-0.5, 0.1, 0.3])
 def test_a_biased_velocity_costs_the_square_of_its_bias(pairs, bias):
     t = flow.logit_normal_times(SAMPLES, torch.Generator().manual_seed(1)).double()
-    least = flow.matching_loss(gaussian_velocity, *pairs, t).mean()
-    biased = flow.matching_loss(lambda x, t: gaussian_velocity(x, t) + bias, *pairs, t).mean()
+    least = straight_loss(gaussian_velocity, *pairs, t).mean()
+    biased = straight_loss(lambda x, t: gaussian_velocity(x, t) + bias, *pairs, t).mean()
     assert (biased - least).item() == pytest.approx(bias**2, abs=5 * 2 * abs(bias) / math.sqrt(SAMPLES))
 
 
 def test_the_loss_is_per_sample():
     x0, x1 = torch.zeros(2, 3, 4, 5, 6), torch.zeros(2, 3, 4, 5, 6)
     x1[1] = 2.0
-    assert flow.matching_loss(lambda x, t: torch.zeros_like(x), x0, x1, torch.rand(2)).tolist() == [0.0, 4.0]
+    assert straight_loss(lambda x, t: torch.zeros_like(x), x0, x1, torch.rand(2)).tolist() == [0.0, 4.0]
 
 
 def test_the_path_is_straight_between_its_ends():
@@ -111,3 +116,34 @@ def test_guidance_is_linear_in_its_weight():
     assert along(0.0).unique().item() == 1.0  # unconditional
     assert along(1.0).unique().item() == 3.0  # conditional
     assert along(2.0).unique().item() == 5.0  # beyond it
+
+
+@pytest.mark.parametrize("time", [0.02, 0.3, 0.5, 0.9])
+def test_the_expected_velocity_is_the_regression_of_the_straight_one(time):
+    """mean + slope (x_t - t mean), as least squares finds them on draws around one mean."""
+    random = torch.Generator().manual_seed(3)
+    mean, std = torch.tensor(1.5, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64)
+    x0, e = torch.randn(2, SAMPLES, 1, generator=random, dtype=torch.float64)
+    x1, t = mean + std * e, torch.full((SAMPLES,), time, dtype=torch.float64)
+    xt = flow.interpolate(x0, x1, t)
+    design = torch.cat((torch.ones_like(xt), xt), dim=1)
+    intercept, slope = torch.linalg.lstsq(design, x1 - x0).solution.flatten().tolist()
+    expected = flow.expected_velocity(torch.tensor([[0.0], [1.0]]).double(), t[:2], mean.expand(2, 1), std.expand(2, 1))
+    assert expected[0].item() == pytest.approx(intercept, abs=0.03)
+    assert (expected[1] - expected[0]).item() == pytest.approx(slope, abs=0.03)
+
+
+def test_averaging_the_posteriors_noise_out_leaves_the_solution_and_takes_the_variance():
+    """Data: x_1 = m + std e with m of unit variance; velocities a x_t are fitted to both targets at one time."""
+    random = torch.Generator().manual_seed(4)
+    m, x0, e = torch.randn(3, SAMPLES, 1, generator=random, dtype=torch.float64)
+    std, t = torch.full_like(m, 1.2), torch.full((SAMPLES,), 0.6, dtype=torch.float64)
+    x1 = m + std * e
+    xt = flow.interpolate(x0, x1, t)
+    targets = x1 - x0, flow.expected_velocity(xt, t, m, std)
+    plain, averaged = ((xt * target).mean() / xt.square().mean() for target in targets)
+    truth = (0.6 * (1 + 1.2**2) - 0.4) / (0.4**2 + 0.36 * (1 + 1.2**2))  # of a Gaussian with the whole variance
+    assert plain.item() == pytest.approx(truth, abs=0.02)
+    assert averaged.item() == pytest.approx(truth, abs=0.01)
+    left = flow.matching_loss(lambda x, t: truth * x, x0, x1, t, m, std).mean()
+    assert left < 0.5 * straight_loss(lambda x, t: truth * x, x0, x1, t).mean()

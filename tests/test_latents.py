@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+from ctvae.device import generator
 from ctvae.errors import ModelError
 from ctvae.latents import LatentCode, LatentSet
+from ctvae.training.prior import Batch, FlowObjective
 
 GROUPS = 60
 
@@ -80,7 +82,8 @@ def test_posterior_samples_have_the_posteriors_moments():
 
 def test_a_batch_depends_on_seed_and_step_alone():
     latents = spatial_latents()
-    z, _ = latents.batch(4, seed=0, step=3)
+    z, std, _ = latents.batch(4, seed=0, step=3)
+    assert z.shape == std.shape
     assert torch.equal(latents.batch(4, seed=0, step=3)[0], z)
     assert not torch.equal(latents.batch(4, seed=0, step=4)[0], z)
     assert not torch.equal(latents.batch(4, seed=1, step=3)[0], z)
@@ -90,14 +93,30 @@ def test_an_epoch_of_batches_holds_every_group_once():
     numbers = torch.arange(12.0)[:, None]
     latents = LatentSet(numbers, numbers * 0 - 30, numbers, [f"g{i}" for i in range(12)])
     for epoch in range(3):
-        told = torch.cat([latents.batch(4, seed=5, step=3 * epoch + step)[1] for step in range(3)])
+        told = torch.cat([latents.batch(4, seed=5, step=3 * epoch + step)[2] for step in range(3)])
         assert sorted(told.flatten().tolist()) == list(range(12))
 
 
+def test_standard_deviations_are_scaled_as_latents_are():
+    latents = spatial_latents()
+    code, (mean, std, _) = LatentCode.fit(latents), latents.batch(4, seed=0, step=0)
+    torch.testing.assert_close(code.scaled(std), code.encode(mean + std) - code.encode(mean))
+
+
 def test_noise_is_fresh_each_time_a_group_is_seen():
-    latents = LatentSet(torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(1, 3), ["g"])
-    draws = torch.cat([latents.batch(1, seed=0, step=step)[0] for step in range(50)])
-    assert len(draws.unique()) == 200
+    seen = []
+
+    def still(x, t, c):
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    objective = FlowObjective(still)  # type: ignore[arg-type]
+    batch = Batch(torch.zeros(1, 4), torch.ones(1, 4), torch.zeros(1, 3))
+    for step in range(50):
+        objective(batch, generator(0, step))
+    objective(batch, generator(0, 49))
+    assert len(torch.cat(seen).unique()) == 200
+    assert torch.equal(seen[-1], seen[-2])
 
 
 def test_latents_come_back_from_their_file(tmp_path):

@@ -48,5 +48,11 @@ def test_preparing_ten_times_as_many_scans_takes_ten_times_as_long_and_little_mo
     assert many["leader_mb"] - few["leader_mb"] < 40
 
 
+def test_two_processes_train_as_one_outlive_a_kill_and_share_out_scans():
+    said = ran("many_processes.py")
+    assert "exit code 0; weights bit-equal to undisturbed ones, curves equal" in said
+    assert "all as it should be" in said
+
+
 def test_every_mutation_of_a_core_line_is_caught():
     assert "14 of 14 mutations caught" in ran("mutations.py")

@@ -17,7 +17,7 @@ from ctvae import runlog
 from ctvae.checkpoint import Checkpoints, load
 from ctvae.config import Data, load_config, load_recipe
 from ctvae.dataset import Dataset
-from ctvae.device import generator
+from ctvae.device import deterministic, generator
 from ctvae.errors import ConfigError, ModelError, TrainingDiverged
 from ctvae.latents import LatentCode, LatentSet
 from ctvae.model import open_model
@@ -264,12 +264,35 @@ def test_divergence_is_told_and_never_saved(tiny_dataset, tiny_settings, tmp_pat
         return {**terms, "kl": terms["kl"] * (float("nan") if random.initial_seed() >= 3 * 31 else 1.0)}
 
     monkeypatch.setattr(autoencoder.Objective, "forward", poisoned)  # from step 3 on
-    line = refused(TrainingDiverged, tiny_dataset, tmp_path, overrides=tiny_settings)
-    assert "loss is nan by step 4" in line
+    line = refused(TrainingDiverged, tiny_dataset, tmp_path, overrides=[*tiny_settings, "autoencoder.max_skipped=2"])
+    assert "not finite in 2 steps in a row, by step 5" in line
+    assert f"the last good checkpoint is {tmp_path / 'checkpoints' / 'autoencoder-00000002.safetensors'};" in line
     assert "--set autoencoder.lr=0.0002" in line
     saved = Checkpoints(tmp_path / "checkpoints", "autoencoder").paths()
     assert [path.stem for path in saved] == ["autoencoder-00000002"]
     assert all(value.isfinite().all() for value in load(saved[0])[0].values())
+
+
+def test_deterministic_training(tiny_dataset, tiny_run, tiny_settings, tmp_path, monkeypatch):
+    """All stages run on algorithms that PyTorch calls deterministic; on a CPU these are the usual ones."""
+    seen: list[bool] = []
+    for kind in (autoencoder.Objective, polish.DecoderObjective, prior.FlowObjective):
+        monkeypatch.setattr(kind, "forward", noting(kind.forward, seen))
+    run = train(tiny_dataset, tmp_path, overrides=[*tiny_settings, "deterministic=true"])
+    assert len(seen) >= 6 + 4 + 9
+    assert all(seen)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert_same_weights(run, tiny_run)
+    with deterministic(True), pytest.raises(RuntimeError, match="deterministic"):
+        torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))  # an algorithm that is not
+
+
+def noting(forward, seen: list[bool]):
+    def noted(*arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return forward(*arguments)
+
+    return noted
 
 
 @pytest.fixture

@@ -51,9 +51,10 @@ def test_nothing_else_minimises_the_matching_loss_on_gaussian_data():
     x1 = velocity.mean + torch.randn(20000, 6, generator=random) @ root.T
     x0 = torch.randn(x1.shape, generator=random)
     t = torch.rand(len(x1), generator=random)
-    best = flow.matching_loss(velocity, x0, x1, t).mean()
+    still = torch.zeros_like(x1)
+    best = flow.matching_loss(velocity, x0, x1, t, x1, still).mean()
     for tilt in (0.9, 1.1):
-        other = flow.matching_loss(lambda x, s, tilt=tilt: tilt * velocity(x, s), x0, x1, t).mean()
+        other = flow.matching_loss(lambda x, s, tilt=tilt: tilt * velocity(x, s), x0, x1, t, x1, still).mean()
         assert other > best + 0.001
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ctvae.errors import ModelError
 from ctvae.files import atomic
+from ctvae.ranks import is_first
 
 KEPT = 2
 MOST_VOXELS = 2**31
@@ -55,7 +56,9 @@ class EMA:
 
 
 def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write tensors and a JSON-able description. Raises InputError where the disk is full or read-only."""
+    """Write tensors and a JSON-able description; of several processes the first does. Raises InputError where it cannot."""
+    if not is_first():
+        return
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic(path) as temporary:
         try:
@@ -156,6 +159,8 @@ class Checkpoints:
         self, step: int, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, meta: dict[str, Any],
         adversary: torch.optim.Optimizer | None = None,
     ) -> None:  # fmt: skip
+        if not is_first():
+            return
         tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in ema.weights.items()}
         tensors |= optimizer_tensors(optimizer)
@@ -183,6 +188,12 @@ class Checkpoints:
             return meta
         return {"step": 0}
 
+    def last_before(self, step: int) -> Path | None:
+        """The newest one of an earlier step."""
+        found = [path for path in self.paths() if int(path.stem.rpartition("-")[2]) < step]
+        return found[-1] if found else None
+
     def clear(self) -> None:
-        for path in self.paths():
-            path.unlink(missing_ok=True)
+        if is_first():
+            for path in self.paths():
+                path.unlink(missing_ok=True)

@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ctvae.errors import ConfigError
+from ctvae.ranks import here, is_first
+
 app = typer.Typer(
     help="From a folder of CT scans to a model that generates synthetic 3D CT scans.\n\n"
     "scans --prepare--> dataset --train--> run --generate--> synthetic scans --evaluate--> report",
@@ -20,6 +23,7 @@ app = typer.Typer(
 )
 
 REJECTS_SHOWN = 20
+SHARED = ("train", "generate")  # what torchrun may start
 
 DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="Folder that `ctvae prepare` wrote.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, or the name of a packaged model.")]
@@ -48,6 +52,8 @@ def ctvae(
         typer.echo(f"ctvae {__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    elif here().world > 1 and context.invoked_subcommand not in SHARED:
+        raise ConfigError(f"{context.invoked_subcommand} is not shared out; start it without torchrun")
 
 
 @app.command()
@@ -138,6 +144,8 @@ def train(
         dataset, out, method=method, stage=stage, overrides=_overrides(settings, window), minutes=minutes, hours=hours,
         plan=plan, memory_gb=parse_memory(memory) if memory else None,
     )  # fmt: skip
+    if not is_first():
+        return
     typer.echo(run)
     if stage != "autoencoder":
         _next(f"ctvae generate {run} --out DIR -n 4")
@@ -219,7 +227,8 @@ def generate(
     """
     from ctvae.generate import generate
 
-    for path in generate(model, out, count=count, seed=seed, prior=prior, steps=steps, overwrite=overwrite):
+    paths = generate(model, out, count=count, seed=seed, prior=prior, steps=steps, overwrite=overwrite)
+    for path in paths if is_first() else ():
         typer.echo(path)
 
 

@@ -149,7 +149,7 @@ class Training(Section):
 
     steps: Steps = Field(6000, description="optimisation steps; the learning rate decays to zero over them")
     minutes: float | None = Field(None, gt=0, description="stop here if steps are not done; the decay follows the clock")
-    batch: Steps = Field(1, description="groups (or patches) at a time")
+    batch: Steps = Field(1, description="groups (or patches) at a time, of all processes together")
     accumulate: Steps = Field(1, description="batches per step, one after the other: as one large batch, in less memory")
     optimizer: Literal["muon", "adam"] = "muon"
     lr: Positive = Field(6e-4, description="peak learning rate")
@@ -161,6 +161,7 @@ class Training(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     log_every: int = Field(20, ge=1)
     save_every: int = Field(200, ge=1, description="a multiple of log_every, so that no unseen loss is saved")
+    max_skipped: Steps = Field(10, description="training stops when this many steps in a row are not finite")
 
     @model_validator(mode="after")
     def _saved_only_after_the_finite_check(self) -> Training:
@@ -219,6 +220,7 @@ class Prior(Training):
 class Config(Section):
     method: str = "wavelet3d"
     seed: int = Field(0, ge=0)
+    deterministic: bool = Field(False, description="only algorithms that give the same bits each time; slower on a card")
     model: Model = Wavelet3D()
     data: Data = Data()
     autoencoder: AutoencoderTraining = AutoencoderTraining()

@@ -1,18 +1,57 @@
-"""Where to compute: Lightning Fabric chooses the device; a seed for every (seed, step)."""
+"""Where to compute: Lightning Fabric chooses the device, or one for each process; a seed for every (seed, step)."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from lightning_fabric.strategies import DDPStrategy
+from torch import Tensor, nn
+
+from ctvae.ranks import ALONE, Ranks
 
 
-def make_fabric(precision: Literal["bf16", "fp32"] = "bf16") -> Fabric:
-    """One device: CUDA or Apple's if there is one, else the CPU. Precision is autocast around the network's calls."""
-    fabric = Fabric(accelerator="auto", devices=1, precision="bf16-mixed" if precision == "bf16" else "32-true")
+def make_fabric(precision: Literal["bf16", "fp32"] = "bf16", ranks: Ranks = ALONE) -> Fabric:
+    """A device for each process: CUDA or Apple's if there is one, else the CPU. Of several, gradients are averaged (DDP).
+
+    Precision is autocast around the network's calls.
+    """
+    autocast: Literal["bf16-mixed", "32-true"] = "bf16-mixed" if precision == "bf16" else "32-true"
+    if ranks.world == 1:
+        return Fabric(accelerator="auto", devices=1, precision=autocast)
+    machines = ranks.world // ranks.local_world
+    strategy = DDPStrategy(broadcast_buffers=False)  # the Wiener filter is large and never changes
+    fabric = Fabric(
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",
+        devices=ranks.local_world,
+        num_nodes=machines,
+        strategy=strategy,
+        precision=autocast,
+    )
+    fabric.launch()  # torchrun has started the processes
     return fabric
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside the block only algorithms that give the same bits each time, if `wanted`; others raise RuntimeError."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[1:]
 
 
 def place(network: nn.Module, device: torch.device) -> None:
@@ -32,6 +71,10 @@ def batch_indices(count: int, batch: int, seed: int, step: int) -> list[int]:
     indices = []
     for position in range(step * batch, (step + 1) * batch):
         epoch, place = divmod(position, count)
-        order = torch.randperm(count, generator=generator(seed, epoch, stream=7))
-        indices.append(int(order[place]))
+        indices.append(int(_order(count, seed, epoch)[place]))
     return indices
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=generator(seed, epoch, stream=7))

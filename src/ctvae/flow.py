@@ -26,9 +26,24 @@ def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
     return (1 - tb) * x0 + tb * x1
 
 
-def matching_loss(velocity: Velocity, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-    """Mean squared error between the predicted and the straight-path velocity, per sample [B]."""
-    error = velocity(interpolate(x0, x1, t), t) - (x1 - x0)
+def expected_velocity(xt: Tensor, t: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """E[x_1 - x_0 | x_t, mean] where x_1 = mean + std e with e ~ N(0, I): [B ...].
+
+    Regressed on x_t it gives what x_1 - x_0 gives, for which it stands with the noise of e and x_0 averaged out (Rao and
+    Blackwell): nothing is left to regress but what is not known of the mean.
+    """
+    tb, variance = t.view(-1, *[1] * (mean.ndim - 1)), std.square()
+    slope = (tb * variance - (1 - tb)) / ((1 - tb).square() + tb.square() * variance).clamp_min(1e-12)
+    return mean + slope * (xt - tb * mean)
+
+
+def matching_loss(velocity: Velocity, x0: Tensor, x1: Tensor, t: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Mean squared error between the predicted and the expected velocity where x_1 was drawn from N(mean, std^2), per sample [B].
+
+    With std = 0 and mean = x_1 the latter is that of the straight path, x_1 - x_0.
+    """
+    xt = interpolate(x0, x1, t)
+    error = velocity(xt, t) - expected_velocity(xt, t, mean, std)
     return error.square().flatten(1).mean(1)
 
 

@@ -17,6 +17,7 @@ from ctvae.errors import InputError
 from ctvae.model import Model as TrainedModel
 from ctvae.model import Posterior, model_folder, packaged_models
 from ctvae.progress import Progress
+from ctvae.ranks import joined
 from ctvae.scan import Scan, read_scan
 from ctvae.version import __version__
 from ctvae.volume import Volume, plain_affine
@@ -89,19 +90,26 @@ def generate(
 ) -> list[Path]:
     """Write `count` synthetic scans of `seed` as NIfTI with JSON sidecars, and `contact-sheet.png`; returns the scans.
 
-    Scans that the same call wrote before are kept. Raises ModelError, and InputError where other scans are in the way.
+    Scans that the same call wrote before are kept. Processes that torchrun started share them out. Raises ModelError, and
+    InputError where other scans are in the way.
     """
-    loaded, folder = load(model), Path(out)
+    folder = Path(out)
     paths = [folder / f"synthetic-{seed}-{index:04d}.nii.gz" for index in range(count)]
-    files.sweep(folder)
-    if not overwrite:
-        _refuse_foreign(paths, loaded, prior, steps or loaded.cfg.prior.sampling_steps)
-    with Progress(f"generate ({prior})", total=count) as bar:
-        for index, path in enumerate(paths):
-            if overwrite or not (path.exists() and sidecar(path).exists()):
-                loaded.generate(seed, index, prior, steps).save(path)
-            bar.update(index + 1)
-    _contact_sheet(paths, folder, loaded)
+    with joined() as ranks:
+        if ranks.first:
+            files.sweep(folder)
+        loaded, mine = load(model), range(ranks.rank, count, ranks.world)
+        if not overwrite:
+            _refuse_foreign([paths[index] for index in mine], loaded, prior, steps or loaded.cfg.prior.sampling_steps)
+        ranks.barrier()
+        with Progress(f"generate ({prior})", total=count) as bar:
+            for index in mine:
+                if overwrite or not (paths[index].exists() and sidecar(paths[index]).exists()):
+                    loaded.generate(seed, index, prior, steps).save(paths[index])
+                bar.update(index + 1)
+        ranks.barrier()
+        if ranks.first:
+            _contact_sheet(paths, folder, loaded)
     return paths
 
 

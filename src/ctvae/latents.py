@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ctvae.checkpoint import load, save
-from ctvae.device import batch_indices, generator
+from ctvae.device import batch_indices
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class LatentSet:
         mean, logvar = self.means[indices].float(), self.logvars[indices].float()
         return mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=random)
 
-    def batch(self, batch: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Latents [B ...] and conditions [B K] of step `step`."""
+    def batch(self, batch: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Posterior means and standard deviations [B ...] and conditions [B K] of step `step`."""
         indices = batch_indices(len(self), batch, seed, step)
-        return self.posterior_sample(indices, generator(seed, step, stream=2)), self.conditions[indices]
+        return self.means[indices].float(), (0.5 * self.logvars[indices].float()).exp(), self.conditions[indices]
 
     def save(self, path: Path) -> None:
         tensors = {"means": self.means, "logvars": self.logvars, "conditions": self.conditions}
@@ -73,6 +73,11 @@ class LatentCode:
         shift, scale = self._wide()
         x = (z - shift) / scale
         return x if z.ndim == 5 else x.flatten(1)
+
+    def scaled(self, std: Tensor) -> Tensor:
+        """Standard deviations of latents -> those of what `encode` makes of them, shaped alike."""
+        x = std / self._wide()[1]
+        return x if std.ndim == 5 else x.flatten(1)
 
     def decode(self, x: Tensor) -> Tensor:
         """The inverse of `encode`."""

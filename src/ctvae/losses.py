@@ -5,6 +5,8 @@ Shapes:  x, y volumes [B 1 D H W] in -1..1   mean, logvar posterior moments [B .
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,11 @@ def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     return (1 - real).relu().mean() + (1 + fake).relu().mean()
 
 
-def feature_matching(real: list[Tensor], fake: list[Tensor]) -> Tensor:
-    """Mean absolute difference of a discriminator's features, each layer relative to the real ones' size (Wang et al. 2018)."""
-    terms = [(a.detach() - b).abs().mean() / a.detach().abs().mean().clamp_min(1e-6) for a, b in zip(real, fake, strict=True)]
+def feature_matching(real: list[Tensor], fake: list[Tensor], average: Callable[[Tensor], Tensor] = lambda size: size) -> Tensor:
+    """Mean absolute difference of a discriminator's features, each layer relative to the real ones' size (Wang et al. 2018).
+
+    `average` makes the size of this batch that of a larger one, of which it is a part.
+    """
+    sizes = [average(a.detach().abs().mean()).clamp_min(1e-6) for a in real]
+    terms = [(a.detach() - b).abs().mean() / size for a, b, size in zip(real, fake, sizes, strict=True)]
     return sum(terms, start=terms[0].new_zeros(())) / len(terms)

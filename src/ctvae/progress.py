@@ -1,6 +1,6 @@
 """How far long work has come: a live bar on a terminal, a plain line every ten seconds anywhere else.
 
-Both go to stderr, so that what a command prints on stdout can be piped.
+Both go to stderr, so that what a command prints on stdout can be piped. Of several processes the first one tells.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
+
+from ctvae.ranks import is_first
 
 Callback = Callable[[int, int, str], None]  # (done, total, what) after each piece of work
 SECONDS_BETWEEN_LINES = 10.0
@@ -31,7 +33,8 @@ class Progress:
     def __init__(self, what: str, total: int | None = None, clock: Callable[[], float] = time.monotonic):
         self.what, self.total, self._clock = what, total, clock
         self._console = Console(stderr=True)
-        self._live = self._console.is_terminal
+        self._told = is_first()
+        self._live = self._console.is_terminal and self._told
         self._bar = RichProgress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[facts]}"), console=self._console
         )
@@ -85,7 +88,8 @@ class Progress:
         self.update(done, note=text)
 
     def _line(self) -> None:
-        print(f"{self.what}: {self._facts}", file=sys.stderr, flush=True)
+        if self._told:
+            print(f"{self.what}: {self._facts}", file=sys.stderr, flush=True)
         self._last_line = self._clock()
         self._facts = ""
 

@@ -23,6 +23,7 @@ from ctvae import files
 from ctvae.checkpoint import Checkpoints
 from ctvae.config import Config, Training, dump_config, load_config
 from ctvae.errors import ConfigError, InputError, ModelError
+from ctvae.ranks import ALONE, Ranks, is_first
 from ctvae.version import __version__
 
 MOST_STATE_BYTES = 2**24
@@ -69,8 +70,9 @@ class Run:
 
     def replan(self, cfg: Config, planned: Sequence[str]) -> None:
         """From here on with these settings, which differ in what a plan decides only."""
-        files.write_text(self.config_path, dump_config(cfg))
-        self.note(planned=list(planned))
+        if is_first():
+            files.write_text(self.config_path, dump_config(cfg))
+            self.note(planned=list(planned))
 
     def _check(self, cfg: Config, dataset_fingerprint: str, replanned: bool) -> None:
         old = load_config(self.config_path)
@@ -97,8 +99,9 @@ class Run:
             raise ModelError(f"{self.folder}: run.json is missing or damaged ({error})") from error
 
     def note(self, **entries: Any) -> None:
-        """Add entries to run.json."""
-        files.write_json(self.folder / "run.json", {**self.state, **entries})
+        """Add entries to run.json. Of several processes the first does."""
+        if is_first():
+            files.write_json(self.folder / "run.json", {**self.state, **entries})
 
     def stage_done(self, stage: str) -> bool:
         return stage in self.state["stages"]
@@ -114,11 +117,14 @@ class Clock:
     """Training time of one stage, counted over all its sessions, and the learning rate's place in it.
 
     With `minutes` the stage ends when steps or minutes are used up, whichever is first, and the decay follows the larger
-    share. Without, everything depends on the step alone and a resumed run is bit-equal to one that ran through.
+    share. Without, everything depends on the step alone and a resumed run is bit-equal to one that ran through. Of several
+    processes the first one's clock counts, or they would stop at different steps.
     """
 
-    def __init__(self, cfg: Training, steps: int, minutes: float | None, seconds_before: float = 0.0):
-        self.cfg, self.steps, self.minutes = cfg, steps, minutes
+    def __init__(
+        self, cfg: Training, steps: int, minutes: float | None, seconds_before: float = 0.0, ranks: Ranks = ALONE
+    ):  # fmt: skip
+        self.cfg, self.steps, self.minutes, self.ranks = cfg, steps, minutes, ranks
         self._before, self._start = seconds_before, time.monotonic()
 
     @property
@@ -126,9 +132,11 @@ class Clock:
         return self._before + time.monotonic() - self._start
 
     def progress(self, step: int) -> float:
-        """0 at the start, 1 at the end."""
-        share = step / self.steps
-        return min(1.0, share if self.minutes is None else max(share, self.seconds / (60 * self.minutes)))
+        """0 at the start, 1 at the end. Of several processes all ask for it, once a step."""
+        share, minutes = step / self.steps, self.minutes
+        if minutes is None:
+            return min(1.0, share)
+        return min(1.0, self.ranks.told(lambda: max(share, self.seconds / (60 * minutes))))
 
     def seconds_left(self, step: int, first_step: int) -> float:
         if step <= first_step:
@@ -145,13 +153,15 @@ class Clock:
 
 
 class Curve:
-    """One stage's metrics: a row per report in a CSV file, and the same in TensorBoard's format."""
+    """One stage's metrics: a row per report in a CSV file, and the same in TensorBoard's format. The first process writes."""
 
     def __init__(self, run: Run, name: str, resumed_at: int):
         self.path = run.folder / "logs" / f"{name}.csv"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._name, self._events = name, run.folder / "logs"
         self._writer: Any = None
+        if not is_first():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = self._rows_until(resumed_at)
         if rows:
             files.write_text(self.path, "".join(rows))
@@ -163,18 +173,27 @@ class Curve:
         return lines[:1] + [row for row in lines[1:] if int(row.split(",")[0]) <= step]
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        new = not self.path.exists()
+        if not is_first():
+            return
+        columns = self._columns()
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file)
-            if new:
+            if not columns:
                 writer.writerow(["step", *values])
-            writer.writerow([step, *(f"{value:.6g}" for value in values.values())])
+            writer.writerow([step, *(f"{values[name]:.6g}" for name in columns[1:] or values)])
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(self._events, purge_step=step)
         for key, value in values.items():
             self._writer.add_scalar(f"{self._name}/{key}", value, step)
+
+    def _columns(self) -> list[str]:
+        """Those of the file as it stands; a run that an earlier version began keeps its own."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return next(csv.reader(file), [])
 
     def close(self) -> None:
         if self._writer is not None:

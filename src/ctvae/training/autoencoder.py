@@ -15,14 +15,15 @@ from ctvae import losses, pictures
 from ctvae.checkpoint import EMA, load, save
 from ctvae.config import AutoencoderTraining, Config, Size3
 from ctvae.device import generator, make_fabric, place
-from ctvae.errors import TrainingDiverged
 from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.progress import Progress
+from ctvae.ranks import ALONE, Ranks, is_first
 from ctvae.runlog import Clock, Curve, Run
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
+from ctvae.training.tally import Tally
 
 VALIDATION_GROUPS = 4
 
@@ -58,14 +59,16 @@ class Reconstruction:
 class Objective(nn.Module):
     """The network and its loss in one forward call, so that Fabric can wrap precision and devices around it."""
 
-    def __init__(self, network: Autoencoder, cfg: AutoencoderTraining, window_hu: tuple[float, float]):
+    def __init__(
+        self, network: Autoencoder, cfg: AutoencoderTraining, window_hu: tuple[float, float], ranks: Ranks = ALONE
+    ):  # fmt: skip
         super().__init__()
-        self.network, self.cfg = network, cfg
+        self.network, self.cfg, self.ranks = network, cfg, ranks
         self.reconstruction = Reconstruction(cfg, window_hu)
 
     def forward(self, x: Tensor, random: torch.Generator) -> dict[str, Tensor]:  # [B 1 D H W]
         mean, logvar = self.network.encode(x)
-        noise = torch.randn(mean.shape, generator=random).to(mean.device)
+        noise = self.ranks.normal(mean.shape, random).to(mean.device)
         y = self.network.decode(mean + (0.5 * logvar).exp() * noise)  # [B 1 D H W]
         return {**self.reconstruction(y.float(), x), **self._kl(mean, logvar)}
 
@@ -75,13 +78,15 @@ class Objective(nn.Module):
         return {"kl": self.cfg.kl_weight * (kl.flatten(1).sum(1).mean() if summed else kl.mean())}
 
 
-def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validation: TrainingGroups) -> None:
+def train_autoencoder(
+    run: Run, cfg: Config, training: TrainingGroups, validation: TrainingGroups, ranks: Ranks = ALONE
+) -> None:
     """Fit the autoencoder; resumes from `run`. Writes run/autoencoder.safetensors (averaged weights) at the end.
 
-    Raises TrainingDiverged when the loss is not finite.
+    Raises TrainingDiverged when loss or gradient stay other than finite.
     """
     settings = cfg.autoencoder
-    fabric = make_fabric(settings.precision)
+    fabric = make_fabric(settings.precision, ranks)
     torch.manual_seed(cfg.seed)
     network = build(cfg.model, training.shape)
     place(network, fabric.device)
@@ -89,15 +94,15 @@ def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validatio
     optimizer = build_optimizer(network, settings)
     checkpoints = run.checkpoints("autoencoder")
     meta = checkpoints.resume(network, ema, optimizer)
-    start = int(meta["step"])
-    clock = Clock(settings, settings.steps, settings.minutes, meta.get("seconds", 0.0))
+    start = ranks.agreed(int(meta["step"]))
+    clock = Clock(settings, settings.steps, settings.minutes, meta.get("seconds", 0.0), ranks)
     curve = Curve(run, "autoencoder", start)
-    objective, fabric_optimizer = fabric.setup(Objective(network, settings, cfg.data.window_hu), optimizer)
-    window: dict[str, Tensor] = {}
+    objective, fabric_optimizer = fabric.setup(Objective(network, settings, cfg.data.window_hu, ranks), optimizer)
+    tally = Tally(settings, ranks, meta)
     step, logged, held_out = start, start, HeldOut()
 
     def keep() -> None:
-        checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds})
+        checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds, "skipped_steps": tally.skipped})
 
     with Progress("autoencoder", total=settings.steps) as bar, kept_when_memory_runs_out(optimizer, lambda: step, keep):
         while True:
@@ -105,20 +110,18 @@ def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validatio
             last = progress >= 1.0
 
             # Report and save before the update, so that a resumed run repeats nothing.
+            tally.check(step, run.folder, checkpoints, f"autoencoder.lr={settings.lr / 3:.2g}")
             if step > logged and (last or step % settings.log_every == 0):
-                means = {name: (value / (step - logged)).item() for name, value in window.items()}
+                means = tally.means()
                 total = sum(means.values())
-                if not math.isfinite(total):
-                    raise TrainingDiverged(
-                        f"{run.folder}: loss is {total} by step {step}; train again with another --out and "
-                        f"--set autoencoder.lr={settings.lr / 3:.2g}"
-                    )
                 held = {f"held_out_{name}": value for name, value in held_out._asdict().items()}
-                curve.log(step, {"loss": total, **means, "lr": optimizer.param_groups[0]["lr"], **held})
+                facts = {"lr": optimizer.param_groups[0]["lr"], **held, "skipped_steps": tally.skipped}
+                curve.log(step, {"loss": total, **means, **facts})
                 bar.update(step, loss=total, seconds_left=clock.seconds_left(step, start))
-                window, logged = {}, step
+                logged = step
             if step > start and (last or step % settings.save_every == 0):
-                keep()
+                if not tally.in_a_row:  # or these weights may be why
+                    keep()
                 with ema.applied_to(network):
                     held_out = validate(network, validation, run, cfg)
             if last:
@@ -127,22 +130,24 @@ def train_autoencoder(run: Run, cfg: Config, training: TrainingGroups, validatio
             # One optimisation step of `accumulate` batches. Randomness depends on (seed, step) alone.
             optimizer.param_groups[0]["lr"] = clock.lr(step, progress)
             fabric_optimizer.zero_grad(set_to_none=True)
+            losses_of_step: dict[str, Tensor] = {}
             for part in range(step * settings.accumulate, (step + 1) * settings.accumulate):
                 x = fabric.to_device(training.batch(settings.batch, cfg.seed, part))  # [B 1 D H W]
                 terms = objective(x, generator(cfg.seed, part))
                 fabric.backward(sum(terms.values()) / settings.accumulate)
                 for name, value in terms.items():
-                    window[name] = window.get(name, 0.0) + value.detach().float() / settings.accumulate
-            nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
-            fabric_optimizer.step()
-            ema.update(network, step)
+                    losses_of_step[name] = losses_of_step.get(name, 0.0) + value.detach().float() / settings.accumulate
+            norm = nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
+            if tally.take(losses_of_step, norm):
+                fabric_optimizer.step()
+                ema.update(network, step)
             step += 1
 
     curve.close()
     network.load_state_dict(ema.weights)
     figures = {f"validation_{name}": round(value, 3) for name, value in held_out._asdict().items() if math.isfinite(value)}
     save_autoencoder(run, cfg, network, training.shape, {"steps": step, "seconds": clock.seconds, **figures})
-    run.finish_stage("autoencoder", steps=step, seconds=round(clock.seconds), **figures)
+    run.finish_stage("autoencoder", steps=step, seconds=round(clock.seconds), skipped_steps=tally.skipped, **figures)
     checkpoints.clear()
 
 
@@ -162,7 +167,12 @@ def load_autoencoder(run: Run, cfg: Config) -> tuple[Autoencoder, dict]:
 
 @torch.no_grad()
 def validate(network: Autoencoder, groups: TrainingGroups, run: Run, cfg: Config, name: str = "autoencoder") -> HeldOut:
-    """Means over a few held-out groups, which are pictured beside their reconstructions. PSNR is over -1..1."""
+    """Means over a few held-out groups, which are pictured beside their reconstructions. PSNR is over -1..1.
+
+    Of several processes the first does it.
+    """
+    if not is_first():
+        return HeldOut()
     rows, psnrs, gaps = [], [], []
     device = next(network.parameters()).device
     for index in range(min(VALIDATION_GROUPS, len(groups))):

@@ -17,6 +17,7 @@ from ctvae.config import Config, Data, Size3
 from ctvae.dataset import Dataset, Group
 from ctvae.device import batch_indices, generator
 from ctvae.errors import InputError
+from ctvae.ranks import ALONE, Ranks
 from ctvae.volume import Volume, block_affine
 
 BODY_HU = -300.0
@@ -44,10 +45,10 @@ def conditions(group: Group, zoom: float = 1.0) -> list[float]:
 
 
 class TrainingGroups:
-    """Batches [B 1 D H W] of a split, by step."""
+    """Batches [B 1 D H W] of a split, by step; of several processes each gets its rows of them."""
 
-    def __init__(self, dataset: Dataset, groups: list[Group], data: Data, shape: Size3):
-        self.dataset, self.groups, self.data, self.shape = dataset, groups, data, shape
+    def __init__(self, dataset: Dataset, groups: list[Group], data: Data, shape: Size3, ranks: Ranks = ALONE):
+        self.dataset, self.groups, self.data, self.shape, self.ranks = dataset, groups, data, shape, ranks
         low, high = data.window_hu
         self.body = 2 * (BODY_HU - low) / (high - low) - 1  # BODY_HU in -1..1
 
@@ -55,18 +56,25 @@ class TrainingGroups:
         return len(self.groups)
 
     def batch(self, batch: int, seed: int, step: int) -> Tensor:
+        """This process's rows. For the others' no group is read, but all is drawn that would be."""
         random = generator(seed, step, stream=1)
-        volumes = [self.augmented(index, random) for index in batch_indices(len(self), batch, seed, step)]
-        return torch.stack([self._patch(volume, random) for volume in volumes])
+        mine = range(batch)[self.ranks.rows(batch)]
+        indices = batch_indices(len(self), batch, seed, step)
+        volumes = [self.augmented(index, random, row in mine) for row, index in enumerate(indices)]
+        patches = [self._patch(volume, random) for volume in volumes]
+        return torch.stack([patches[row] for row in mine])
 
-    def augmented(self, index: int, random: torch.Generator) -> Tensor:
-        """Group `index`, shifted at random and with the settings' noise: [1 D H W]."""
+    def augmented(self, index: int, random: torch.Generator, wanted: bool = True) -> Tensor:
+        """Group `index`, shifted at random and with the settings' noise: [1 D H W]. One voxel if it is not `wanted`."""
         limits = self.data.max_shift_voxels
         shift = [int(torch.randint(-most, most + 1, (), generator=random)) for most in limits]
+        noise = torch.randn((1, *self.shape), generator=random) if self.data.noise_hu else None
+        if not wanted:
+            return torch.ones(1, 1, 1, 1)
         x = self._load(index, (shift[0], shift[1], shift[2]))
-        if self.data.noise_hu:
+        if noise is not None:
             low, high = self.data.window_hu
-            x = x + torch.randn(x.shape, generator=random) * (2 * self.data.noise_hu / (high - low))
+            x = x + noise * (2 * self.data.noise_hu / (high - low))
         return x.clamp(-1, 1)
 
     def turned(self, index: int, random: torch.Generator, max_degrees: float, max_zoom: float) -> tuple[Tensor, float]:

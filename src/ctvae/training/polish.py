@@ -23,16 +23,17 @@ from ctvae import losses
 from ctvae.checkpoint import EMA, load, save
 from ctvae.config import Config, Polish
 from ctvae.device import generator, make_fabric, place
-from ctvae.errors import TrainingDiverged
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.discriminator import PatchDiscriminator
 from ctvae.models.wavelet3d import Wavelet3DVAE
 from ctvae.progress import Progress
+from ctvae.ranks import ALONE, Ranks
 from ctvae.runlog import Clock, Curve, Run
 from ctvae.training.autoencoder import HeldOut, Reconstruction, load_autoencoder, save_autoencoder, validate
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
+from ctvae.training.tally import Tally
 
 
 class Pair(nn.Module):
@@ -48,20 +49,20 @@ class Pair(nn.Module):
 class DecoderObjective(nn.Module):
     """The decoder's losses in one forward call, so that Fabric can wrap precision and devices around it."""
 
-    def __init__(self, network: Autoencoder, discriminator: PatchDiscriminator, cfg: Config):
+    def __init__(self, network: Autoencoder, discriminator: PatchDiscriminator, cfg: Config, ranks: Ranks = ALONE):
         super().__init__()
-        self.network, self.discriminator, self.cfg = network, discriminator, cfg.polish
+        self.network, self.discriminator, self.cfg, self.ranks = network, discriminator, cfg.polish, ranks
         self.reconstruction = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
 
     def forward(self, x: Tensor, random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Decoded patches [B 1 D H W] and the loss terms."""
-        y = self.network.decode(noisy_latents(self.network, x, self.cfg.latent_noise, random)).float()
+        y = self.network.decode(noisy_latents(self.network, x, self.cfg.latent_noise, random, self.ranks)).float()
         logits, fake = self.discriminator(y)
         with torch.no_grad():
             _, real = self.discriminator(x)
         adversarial = {
             "adversarial": -self.cfg.adversarial_weight * logits.float().mean(),
-            "features": self.cfg.feature_weight * losses.feature_matching(real, fake).float(),
+            "features": self.cfg.feature_weight * losses.feature_matching(real, fake, self.ranks.mean).float(),
         }
         return y, {**self.reconstruction(y, x), **adversarial}
 
@@ -75,13 +76,13 @@ class DiscriminatorObjective(nn.Module):
         return losses.hinge_discriminator(self.discriminator(real)[0].float(), self.discriminator(fake)[0].float())
 
 
-def noisy_latents(network: Autoencoder, x: Tensor, noise: float, random: torch.Generator) -> Tensor:
+def noisy_latents(network: Autoencoder, x: Tensor, noise: float, random: torch.Generator, ranks: Ranks = ALONE) -> Tensor:
     """Posterior samples with further noise, `noise` times each channel's spread over the batch: [B Z d h w]."""
     with torch.no_grad():
         mean, logvar = network.encode(x)
-        spread = mean.std((0, 2, 3, 4), correction=0, keepdim=True)
+        spread = ranks.gathered(mean).std((0, 2, 3, 4), correction=0, keepdim=True)
         sigma = (logvar.exp() + (noise * spread).square()).sqrt()
-        return mean + sigma * torch.randn(mean.shape, generator=random).to(mean.device)
+        return mean + sigma * ranks.normal(mean.shape, random).to(mean.device)
 
 
 class Best:
@@ -111,17 +112,23 @@ class Best:
         return load(self.path)[1]["score"] if self.path.exists() else -math.inf
 
 
+def gradient_norm(network: nn.Module) -> Tensor:
+    return nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+
+
 def build_judge(discriminator: nn.Module, settings: Polish) -> torch.optim.Adam:
     return torch.optim.Adam(discriminator.parameters(), lr=settings.discriminator_lr, betas=(0.5, 0.9))
 
 
-def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: TrainingGroups) -> None:
+def polish_decoder(
+    run: Run, cfg: Config, training: TrainingGroups, validation: TrainingGroups, ranks: Ranks = ALONE
+) -> None:
     """Sharpen the trained autoencoder's decoder; resumes from `run`. Replaces run/autoencoder.safetensors at the end.
 
-    Raises TrainingDiverged when a loss is not finite.
+    Raises TrainingDiverged when losses or gradients stay other than finite.
     """
     settings = cfg.polish
-    fabric = make_fabric(settings.precision)
+    fabric = make_fabric(settings.precision, ranks)
     torch.manual_seed(cfg.seed + 1)
     network, noted = load_autoencoder(run, cfg)
     assert isinstance(network, Wavelet3DVAE)
@@ -134,17 +141,19 @@ def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: 
     judge = build_judge(pair.discriminator, settings)
     checkpoints = run.checkpoints("polish")
     meta = checkpoints.resume(pair, ema, optimizer, judge)
-    start = int(meta["step"])
-    clock = Clock(settings, settings.steps, settings.minutes, meta.get("seconds", 0.0))
+    start = ranks.agreed(int(meta["step"]))
+    clock = Clock(settings, settings.steps, settings.minutes, meta.get("seconds", 0.0), ranks)
     curve = Curve(run, "polish", start)
-    draw, fabric_optimizer = fabric.setup(DecoderObjective(network, pair.discriminator, cfg), optimizer)
+    pair.discriminator.requires_grad_(False)  # processes exchange the gradients of what learns in each
+    draw, fabric_optimizer = fabric.setup(DecoderObjective(network, pair.discriminator, cfg, ranks), optimizer)
+    pair.discriminator.requires_grad_(True)
     tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator), judge)
     best = Best(run.folder / "checkpoints" / "polish-best.safetensors")
-    window: dict[str, Tensor] = {}
+    tally = Tally(settings, ranks, meta)
     step, logged, held_out = start, start, HeldOut()
 
     def keep() -> None:
-        checkpoints.save(step, pair, ema, optimizer, {"seconds": clock.seconds}, judge)
+        checkpoints.save(step, pair, ema, optimizer, {"seconds": clock.seconds, "skipped_steps": tally.skipped}, judge)
 
     with Progress("polish", total=settings.steps) as bar, kept_when_memory_runs_out(optimizer, lambda: step, keep):
         while True:
@@ -152,23 +161,21 @@ def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: 
             last = progress >= 1.0
 
             # Report and save before the update, so that a resumed run repeats nothing.
+            tally.check(step, run.folder, checkpoints, f"polish.lr={settings.lr / 3:.2g}")
             if step > logged and (last or step % settings.log_every == 0):
-                means = {name: (value / (step - logged)).item() for name, value in window.items()}
+                means = tally.means()
                 total = sum(means.values())
-                if not math.isfinite(total):
-                    raise TrainingDiverged(
-                        f"{run.folder}: the decoder's loss is not finite by step {step}; train again with another --out and "
-                        f"--set polish.lr={settings.lr / 3:.2g}"
-                    )
                 held = {f"held_out_{name}": value for name, value in held_out._asdict().items()}
-                curve.log(step, {"loss": total, **means, "lr": optimizer.param_groups[0]["lr"], **held})
+                facts = {"lr": optimizer.param_groups[0]["lr"], **held, "skipped_steps": tally.skipped}
+                curve.log(step, {"loss": total, **means, **facts})
                 bar.update(step, loss=total, seconds_left=clock.seconds_left(step, start))
-                window, logged = {}, step
+                logged = step
             if step > start and (last or step % settings.save_every == 0):
                 with ema.applied_to(pair):
                     held_out = validate(network, validation, run, cfg, "polish")
                 best.offer(step, held_out, ema.weights)  # before the checkpoint: a kill in between only does it again
-                keep()
+                if not tally.in_a_row:  # or these weights may be why
+                    keep()
             if last:
                 break
 
@@ -179,6 +186,7 @@ def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: 
             judge.param_groups[0]["lr"] = settings.discriminator_lr * clock.lr(step, progress) / settings.lr
             fabric_optimizer.zero_grad(set_to_none=True)
             fabric_judge.zero_grad(set_to_none=True)
+            losses_of_step: dict[str, Tensor] = {}
             for part in range(step * settings.accumulate, (step + 1) * settings.accumulate):
                 x = fabric.to_device(training.batch(settings.batch, cfg.seed + 1, part))  # [B 1 D H W]
                 pair.discriminator.requires_grad_(False)
@@ -188,18 +196,21 @@ def polish_decoder(run: Run, cfg: Config, training: TrainingGroups, validation: 
                 terms["discriminator"] = tell(x, y.detach())
                 fabric.backward(terms["discriminator"] / settings.accumulate)
                 for name, value in terms.items():
-                    window[name] = window.get(name, 0.0) + value.detach().float() / settings.accumulate
-            nn.utils.clip_grad_norm_(network.decoder.parameters(), settings.max_grad_norm)
-            fabric_optimizer.step()
-            fabric_judge.step()
-            ema.update(pair, step)
+                    losses_of_step[name] = losses_of_step.get(name, 0.0) + value.detach().float() / settings.accumulate
+            norm = nn.utils.clip_grad_norm_(network.decoder.parameters(), settings.max_grad_norm)
+            if tally.take(losses_of_step, norm, gradient_norm(pair.discriminator)):
+                fabric_optimizer.step()
+                fabric_judge.step()
+                ema.update(pair, step)
             step += 1
 
     curve.close()
+    if not ranks.first:
+        return
     kept, reached = best.load_into(pair, otherwise=ema.weights)
     figures = {f"validation_{name}": round(value, 3) for name, value in reached._asdict().items() if math.isfinite(value)}
     figures |= {"best_step": kept} if figures else {}
     save_autoencoder(run, cfg, network, training.shape, {**noted, "polish_steps": step, **figures})
-    run.finish_stage("polish", steps=step, seconds=round(clock.seconds), **figures)
+    run.finish_stage("polish", steps=step, seconds=round(clock.seconds), skipped_steps=tally.skipped, **figures)
     checkpoints.clear()
     best.clear()

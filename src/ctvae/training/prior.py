@@ -18,15 +18,16 @@ from ctvae import flow, priors
 from ctvae.checkpoint import EMA, save
 from ctvae.config import Config, Prior
 from ctvae.device import generator, make_fabric, place
-from ctvae.errors import TrainingDiverged
 from ctvae.latents import LatentCode, LatentSet
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.velocity import UNet, VectorNet, Velocity
 from ctvae.progress import Progress
+from ctvae.ranks import ALONE, Ranks
 from ctvae.runlog import Clock, Curve, Run
 from ctvae.training.groups import CONDITIONS, TrainingGroups, conditions
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
+from ctvae.training.tally import Tally
 from ctvae.wiener import WienerVelocity
 
 HELD_OUT_BATCHES = 4
@@ -51,21 +52,22 @@ class Conditioning:
 class Batch(NamedTuple):
     """What one flow step needs."""
 
-    x1: Tensor  # [B C ...] data
+    mean: Tensor  # [B C ...] of the posteriors
+    std: Tensor  # like mean
     conditions: Tensor  # [B K] standardised, NaN where withheld
 
 
 class FlowObjective(nn.Module):
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, ranks: Ranks = ALONE):
         super().__init__()
-        self.network = network
+        self.network, self.ranks = network, ranks
 
     def forward(self, batch: Batch, random: torch.Generator) -> Tensor:
         """Flow matching loss per sample [B]."""
-        x1 = batch.x1
-        x0 = torch.randn(x1.shape, generator=random).to(x1.device)
-        t = flow.logit_normal_times(len(x1), random).to(x1.device)
-        return flow.matching_loss(lambda x, t: self.network(x, t, batch.conditions), x0, x1, t)
+        mean, std, whole = batch.mean, batch.std, len(batch.mean) * self.ranks.world
+        x0, e = (self.ranks.normal(mean.shape, random).to(mean.device) for _ in range(2))
+        t = flow.logit_normal_times(whole, random)[self.ranks.rows(whole)].to(mean.device)
+        return flow.matching_loss(lambda x, t: self.network(x, t, batch.conditions), x0, mean + std * e, t, mean, std)
 
 
 def build_velocity(cfg: Prior, latent_shape: tuple[int, ...], known: int, wiener: WienerVelocity) -> Velocity:
@@ -83,18 +85,20 @@ def fit_wiener(cfg: Prior, code: LatentCode, latents: LatentSet) -> WienerVeloci
     return WienerVelocity.fit(rows, noise, cfg.rank)
 
 
-def train_prior(run: Run, cfg: Config, latents: LatentSet, held_out: LatentSet | None) -> None:
+def train_prior(run: Run, cfg: Config, latents: LatentSet, held_out: LatentSet | None, ranks: Ranks = ALONE) -> None:
     """Fit every prior to `latents`; resumes from `run`. Writes run/prior-flow.safetensors and the fitted ones.
 
-    Raises TrainingDiverged when a loss is not finite.
+    Raises TrainingDiverged when loss or gradient stay other than finite.
     """
-    fit_closed_form(run, latents.plain())
+    if ranks.first:
+        fit_closed_form(run, latents.plain())
     code = LatentCode.fit(latents)
     conditioning = Conditioning.fit(latents.conditions)
     shape = tuple(latents.means.shape[1:])
     torch.manual_seed(cfg.seed)
     network = build_velocity(cfg.prior, shape, len(CONDITIONS), fit_wiener(cfg.prior, code, latents))
-    figures = train_flow(run, cfg, network, Data(latents, held_out, flow_batches(cfg, code, conditioning)))
+    data = Data(latents, held_out, flow_batches(cfg, code, conditioning, ranks))
+    figures = train_flow(run, cfg, network, data, ranks)
     tensors = {f"flow.{key}": value for key, value in network.state_dict().items()}
     tensors |= {f"code.{key}": value for key, value in code.tensors.items()}
     tensors |= {"conditions.mean": conditioning.mean, "conditions.std": conditioning.std}
@@ -126,37 +130,38 @@ class Data:
     batches: BatchMaker
 
 
-def flow_batches(cfg: Config, code: LatentCode, conditioning: Conditioning) -> BatchMaker:
-    """How the flow's batches are made: (latents, step) -> Batch."""
+def flow_batches(cfg: Config, code: LatentCode, conditioning: Conditioning, ranks: Ranks = ALONE) -> BatchMaker:
+    """How the flow's batches are made: (latents, step) -> Batch, of which each process gets its rows."""
+    rows = ranks.rows(cfg.prior.batch)
 
     def make(latents: LatentSet, step: int) -> Batch:
         random = generator(cfg.seed, step, stream=3)
-        z, known = latents.batch(cfg.prior.batch, cfg.seed, step)
+        mean, std, known = latents.batch(cfg.prior.batch, cfg.seed, step)
         told = conditioning.standard(known)
         hidden = torch.rand(len(told), 1, generator=random) < cfg.prior.null_probability
-        return Batch(code.encode(z), told.masked_fill(hidden, math.nan))
+        return Batch(code.encode(mean[rows]), code.scaled(std[rows]), told.masked_fill(hidden, math.nan)[rows])
 
     return make
 
 
-def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data) -> dict[str, float]:
+def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ranks = ALONE) -> dict[str, float]:
     """Fit the velocity network, leaving its averaged weights in it; returns its figures."""
     settings = cfg.prior
-    fabric = make_fabric(settings.precision)
+    fabric = make_fabric(settings.precision, ranks)
     place(network, fabric.device)
     ema = EMA(network, settings.ema_decay)
     optimizer = build_optimizer(network, settings)
     checkpoints = run.checkpoints("flow")
     meta = checkpoints.resume(network, ema, optimizer)
-    start = int(meta["step"])
-    clock = Clock(settings, settings.steps, settings.minutes, meta.get("seconds", 0.0))
+    start = ranks.agreed(int(meta["step"]))
+    clock = Clock(settings, settings.steps, settings.minutes, meta.get("seconds", 0.0), ranks)
     curve = Curve(run, "flow", start)
-    objective, fabric_optimizer = fabric.setup(FlowObjective(network), optimizer)
-    window = torch.zeros((), device=fabric.device)
+    objective, fabric_optimizer = fabric.setup(FlowObjective(network, ranks), optimizer)
+    tally = Tally(settings, ranks, meta)
     step, logged, held_out = start, start, math.nan
 
     def keep() -> None:
-        checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds})
+        checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds, "skipped_steps": tally.skipped})
 
     with Progress("prior: flow", total=settings.steps) as bar, kept_when_memory_runs_out(optimizer, lambda: step, keep):
         while True:
@@ -164,39 +169,39 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data) -> dict[st
             last = progress >= 1.0
 
             # Report and save before the update, so that a resumed run repeats nothing.
+            tally.check(step, run.folder, checkpoints, f"prior.lr={settings.lr / 3:.2g}")
             if step > logged and (last or step % settings.log_every == 0):
-                mean = (window / (step - logged)).item()
-                if not math.isfinite(mean):
-                    raise TrainingDiverged(
-                        f"{run.folder}: flow loss is {mean} by step {step}; train again with another --out and "
-                        f"--set prior.lr={settings.lr / 3:.2g}"
-                    )
-                curve.log(step, {"loss": mean, "held_out": held_out, "lr": optimizer.param_groups[0]["lr"]})
+                mean = tally.means()["loss"]
+                facts = {"held_out": held_out, "lr": optimizer.param_groups[0]["lr"], "skipped_steps": tally.skipped}
+                curve.log(step, {"loss": mean, **facts})
                 bar.update(step, loss=mean, seconds_left=clock.seconds_left(step, start))
-                window.zero_()
                 logged = step
             if step > start and (last or step % settings.save_every == 0):
-                keep()
-                held_out = held_out_loss(network, ema, data, settings.precision)
+                if not tally.in_a_row:  # or these weights may be why
+                    keep()
+                held_out = held_out_loss(network, ema, data, settings.precision, ranks)
             if last:
                 break
 
             # One optimisation step of `accumulate` batches. Randomness depends on (seed, step) alone.
             optimizer.param_groups[0]["lr"] = clock.lr(step, progress)
             fabric_optimizer.zero_grad(set_to_none=True)
+            loss_of_step = torch.zeros((), device=fabric.device)
             for part in range(step * settings.accumulate, (step + 1) * settings.accumulate):
                 batch = to_device(data.batches(data.training, part), fabric.device)
                 loss = objective(batch, generator(cfg.seed, part)).mean() / settings.accumulate
                 fabric.backward(loss)
-                window += loss.detach()
-            nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
-            fabric_optimizer.step()
-            ema.update(network, step)
+                loss_of_step += loss.detach()
+            norm = nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
+            if tally.take({"loss": loss_of_step}, norm):
+                fabric_optimizer.step()
+                ema.update(network, step)
             step += 1
 
     curve.close()
     network.load_state_dict(ema.weights)
-    return {"flow_steps": step, "flow_seconds": round(clock.seconds), "flow_loss": round(mean_or_nan(held_out), 4)}
+    figures = {"flow_steps": step, "flow_seconds": round(clock.seconds), "flow_loss": round(mean_or_nan(held_out), 4)}
+    return {**figures, "skipped_steps": tally.skipped}
 
 
 def mean_or_nan(value: float) -> float:
@@ -204,7 +209,7 @@ def mean_or_nan(value: float) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(network: nn.Module, ema: EMA, data: Data, precision: str) -> float:
+def held_out_loss(network: nn.Module, ema: EMA, data: Data, precision: str, ranks: Ranks = ALONE) -> float:
     """Loss of the averaged weights on held-out groups, always with the same noise and times; NaN without any."""
     if data.held_out is None:
         return math.nan
@@ -213,36 +218,39 @@ def held_out_loss(network: nn.Module, ema: EMA, data: Data, precision: str) -> f
     with ema.applied_to(network), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for step in range(HELD_OUT_BATCHES):
             batch = to_device(data.batches(data.held_out, step), device)
-            total += FlowObjective(network)(batch, generator(1, step)).mean().item()
+            total += ranks.mean(FlowObjective(network, ranks)(batch, generator(1, step)).mean()).item()
     return total / HELD_OUT_BATCHES
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.x1.to(device), batch.conditions.to(device))
+    return Batch(*(tensor.to(device) for tensor in batch))
 
 
 @torch.no_grad()
 def encode_groups(
-    network: Autoencoder, groups: TrainingGroups, cfg: Prior, seed: int, precision: str = "bf16"
+    network: Autoencoder, groups: TrainingGroups, cfg: Prior, seed: int, precision: str = "bf16", ranks: Ranks = ALONE
 ) -> LatentSet:
     """Posterior moments of every group, `cfg.encodings` times each: first as it is, then augmented.
 
     A zoomed group is told with the spacing that makes its patient as large as before, so augmentation is no leak into samples.
+    Each process encodes one of every `world` and gets the others' from them.
     """
-    means, logvars, told, ids = [], [], [], []
+    means, logvars, told = [], [], []
     device = next(network.parameters()).device
-    with Progress("encoding", total=len(groups) * cfg.encodings) as bar:
-        for index, group in enumerate(groups.groups):
-            for number in range(cfg.encodings):
-                random = generator(seed, index * cfg.encodings + number, stream=5)
-                x, zoom = groups.plain(index), 1.0
-                if number:
-                    x, zoom = groups.turned(index, random, cfg.max_rotation_degrees, cfg.max_zoom)
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    mean, logvar = network.encode(x[None].to(device))
-                means.append(mean[0].half().cpu())
-                logvars.append(logvar[0].half().cpu())
-                told.append(conditions(group, zoom))
-                ids.append(group.id)
-                bar.update(len(ids))
-    return LatentSet(torch.stack(means), torch.stack(logvars), torch.tensor(told, dtype=torch.float32), ids)
+    count = len(groups) * cfg.encodings
+    with Progress("encoding", total=count) as bar:
+        for position in range(ranks.rank, ranks.rank + count, ranks.world):
+            place = min(position, count - 1)  # past the end the last again, which is dropped
+            index, number = divmod(place, cfg.encodings)
+            x, zoom = groups.plain(index), 1.0
+            if number:
+                random = generator(seed, place, stream=5)
+                x, zoom = groups.turned(index, random, cfg.max_rotation_degrees, cfg.max_zoom)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                mean, logvar = network.encode(x[None].to(device))
+            means.append(ranks.gathered(mean.half()).cpu())  # [world ...]
+            logvars.append(ranks.gathered(logvar.half()).cpu())
+            told.append(ranks.gathered(torch.tensor([conditions(groups.groups[index], zoom)], device=device)).cpu())
+            bar.update(min(position + ranks.world, count))
+    ids = [group.id for group in groups.groups for _ in range(cfg.encodings)]
+    return LatentSet(torch.cat(means)[:count], torch.cat(logvars)[:count], torch.cat(told)[:count], ids)

@@ -19,7 +19,7 @@ from ctvae.dataset import Dataset
 from ctvae.errors import ConfigError, DoesNotFit
 from ctvae.planning.sizes import written
 from ctvae.training.groups import training_shape
-from ctvae.training.pace import steps_for
+from ctvae.training.pace import STAGES, steps_for
 
 SURELY_BYTES = 16_384  # per voxel of a batch: thirty times what any recipe takes. With less than that there is a plan to make
 SURELY_GB = 1.0  # and this for weights and the prior
@@ -29,12 +29,16 @@ HOURS_KEYS = {"autoencoder.steps", "prior.steps"}
 
 @dataclass(frozen=True)
 class Asked:
-    """What a person said of a run. `plan`: a plan.yaml; `memory_gb`: plan for that much, even where it all fits."""
+    """What a person said of a run. `plan`: a plan.yaml; `memory_gb`: plan for that much, even where it all fits.
+
+    `processes` train it together; what each of them needs is not planned here.
+    """
 
     overrides: tuple[str, ...] = ()
     method: str | None = None
     plan: Path | None = None
     memory_gb: float | None = None
+    processes: int = 1
 
     @property
     def pinned(self) -> set[str]:
@@ -55,6 +59,8 @@ def settle(dataset: Dataset, folder: Path, asked: Asked) -> Settled:
     """Raises ConfigError, InputError or DoesNotFit."""
     if asked.plan is not None and asked.memory_gb is not None:
         raise ConfigError(f"{asked.plan} says what to train with; leave out --memory, or --plan to plan anew")
+    if asked.processes > 1 and asked.memory_gb is not None:
+        raise ConfigError("--memory plans for one process; `ctvae plan` with the batch of one of them says what it needs")
     method = _method(folder, asked)
     begun = (folder / "config.yaml").exists()
     planned = _recorded(folder) if begun else ()
@@ -65,7 +71,7 @@ def settle(dataset: Dataset, folder: Path, asked: Asked) -> Settled:
         return _settled(dataset, method, planned, asked, "")
     planned = _merged([text for text in planned if _key(text) not in planner.MEMORY_KEYS], _strides(dataset, method, asked))
     settled = _settled(dataset, method, planned, asked, "")
-    if asked.memory_gb is None and _surely_fits(settled.cfg):
+    if asked.memory_gb is None and (asked.processes > 1 or _surely_fits(settled.cfg)):
         return settled
     source = planner.Source.of(dataset)
     found = planner.weigh(method, source, asked.memory_gb, (*planned, *asked.overrides))
@@ -86,14 +92,32 @@ def smaller(settled: Settled, asked: Asked, stage: str) -> Settled | None:
     return Settled(with_overrides(settled.cfg, option.changes), planned, option.label)
 
 
-def with_hours(settled: Settled, hours: float, stage: str) -> Settled:
-    """Steps to fill `hours`, measured here, unless the run was begun with some."""
+def with_hours(settled: Settled, hours: float, stage: str, processes: int = 1) -> Settled:
+    """Steps to fill `hours`, measured here on one process's share of a batch, unless the run was begun with some."""
     known = {_key(text) for text in settled.planned}
     wanted = {"autoencoder.steps"} if stage == "autoencoder" else {"prior.steps"} if stage == "prior" else HOURS_KEYS
     if wanted <= known:
         return settled
-    steps = [text for text in steps_for(settled.cfg, hours, stage) if _key(text) not in known]
+    steps = [text for text in steps_for(_share(settled.cfg, processes), hours, stage) if _key(text) not in known]
     return Settled(with_overrides(settled.cfg, steps), _merged(settled.planned, steps), settled.note)
+
+
+def refuse_uneven(cfg: Config, stage: str, processes: int) -> None:
+    """Raises ConfigError where the batches of `stage` (autoencoder, prior or both) do not divide among the processes."""
+    if processes > 1 and stage != "prior" and cfg.model.kind == "conv3d":
+        raise ConfigError("conv3d: its BatchNorm would see one process's share only; train its autoencoder without torchrun")
+    for name in STAGES[stage]:
+        batch = getattr(cfg, name).batch
+        if batch % processes and (name != "polish" or cfg.polish.enabled):
+            above = -(-batch // processes) * processes
+            raise ConfigError(f"{name}.batch {batch} does not divide among {processes} processes; add --set {name}.batch={above}")
+
+
+def _share(cfg: Config, processes: int) -> Config:
+    """With the batches of one process."""
+    sections = {name: getattr(cfg, name) for name in ("autoencoder", "polish", "prior")}
+    shared = {name: section.model_copy(update={"batch": section.batch // processes}) for name, section in sections.items()}
+    return cfg.model_copy(update=shared) if processes > 1 else cfg
 
 
 def _settled(dataset: Dataset, method: str, planned: Sequence[str], asked: Asked, note: str) -> Settled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 
 from ctvae.checkpoint import load
-from ctvae.config import Config
+from ctvae.config import Config, validated
 from ctvae.dataset import Dataset
-from ctvae.errors import ConfigError, ModelError
+from ctvae.device import deterministic
+from ctvae.errors import ConfigError, DoesNotFit, ModelError
 from ctvae.latents import LatentSet
 from ctvae.models import build
+from ctvae.ranks import Ranks, joined
 from ctvae.runlog import Run
 from ctvae.training.autoencoder import train_autoencoder
 from ctvae.training.groups import TrainingGroups
@@ -23,7 +25,7 @@ from ctvae.training.memory import repeated_smaller
 from ctvae.training.pace import shares
 from ctvae.training.polish import polish_decoder
 from ctvae.training.prior import encode_groups, train_prior
-from ctvae.training.settings import HOURS_KEYS, Asked, Settled, chosen, settle, smaller, with_hours
+from ctvae.training.settings import HOURS_KEYS, Asked, Settled, chosen, refuse_uneven, settle, smaller, with_hours
 
 STAGES = ("autoencoder", "prior", "both")
 
@@ -45,56 +47,93 @@ def train(
     `minutes` is shared between the stages and ends them early; without it each runs its recipe's steps. `hours` ends them
     too, and sets the steps to fill that time, from what one takes here. `method` none: what the run folder says, else
     wavelet3d. `plan` is a plan.yaml; `memory_gb` plans for that much. By default the machine's memory is looked at, and
-    what was asked is changed only where it does not fit. Returns the run folder.
+    what was asked is changed only where it does not fit. Processes that torchrun started train together (docs/scaling.md).
+    Returns the run folder.
 
     Raises InputError, ConfigError, ModelError, DoesNotFit or TrainingDiverged.
     """
     _refuse_nonsense(stage, minutes, hours)
-    data, folder = Dataset.open(Path(dataset)), Path(out)
-    asked = Asked(tuple(overrides), method, Path(plan) if plan is not None else None, memory_gb)
+    folder = Path(out)
+    with joined() as ranks:
+        data = Dataset.open(Path(dataset))
+        asked = Asked(tuple(overrides), method, Path(plan) if plan is not None else None, memory_gb, ranks.world)
+        settled = _as_the_first(ranks, lambda: _settled(data, folder, asked, stage, minutes, hours))
+        if ranks.first:
+            replanned = plan is not None or memory_gb is not None
+            Run.create_or_resume(folder, settled.cfg, data.fingerprint, settled.planned, replanned)
+        ranks.barrier()
+        with deterministic(settled.cfg.deterministic):
+            _Stages(Run(folder), data, asked, settled, ranks).train(stage)
+    return folder
+
+
+def _settled(
+    data: Dataset, folder: Path, asked: Asked, stage: str, minutes: float | None, hours: float | None
+) -> Settled:
+    """The run's settings; says what was planned."""
     if hours is not None and asked.pinned & HOURS_KEYS:
         raise ConfigError(f"hours {hours:g} set the steps; leave out --set {min(asked.pinned & HOURS_KEYS)}")
     settled = settle(data, folder, asked)
+    refuse_uneven(settled.cfg, stage, asked.processes)
     if settled.note:
         say(f"plan: {settled.note} ({chosen(settled.cfg)})")
     if hours is not None:
-        settled, minutes = with_hours(settled, hours, stage), 60 * hours
-    settled = replace(settled, cfg=_timed(settled.cfg, stage, minutes))
-    replanned = plan is not None or memory_gb is not None
-    run = Run.create_or_resume(folder, settled.cfg, data.fingerprint, settled.planned, replanned)
-    _Stages(run, data, asked, settled).train(stage)
-    return folder
+        settled, minutes = with_hours(settled, hours, stage, asked.processes), 60 * hours
+    return replace(settled, cfg=_timed(settled.cfg, stage, minutes))
+
+
+def _as_the_first(ranks: Ranks, settle: Callable[[], Settled]) -> Settled:
+    """The first process looks at the memory and measures the time; the others do as it says."""
+    if ranks.world == 1:
+        return settle()
+
+    def say() -> tuple[dict, tuple[str, ...]]:
+        settled = settle()
+        return settled.cfg.model_dump(mode="json"), settled.planned
+
+    cfg, planned = ranks.told(say)
+    return Settled(validated(cfg, source="settings"), tuple(planned))
 
 
 class _Stages:
     """The stages of a run, each done again with a smaller plan where its memory runs out."""
 
-    def __init__(self, run: Run, data: Dataset, asked: Asked, settled: Settled):
-        self.run, self.data, self.asked, self.settled = run, data, asked, settled
+    def __init__(self, run: Run, data: Dataset, asked: Asked, settled: Settled, ranks: Ranks):
+        self.run, self.data, self.asked, self.settled, self.ranks = run, data, asked, settled, ranks
 
     def train(self, stage: str) -> None:
-        if stage != "prior" and not self.run.stage_done("autoencoder"):
-            repeated_smaller(self._autoencoder, self.settled.cfg, partial(self._smaller, "autoencoder"))
-        if stage != "prior" and self.settled.cfg.polish.enabled and not self.run.stage_done("polish"):
-            repeated_smaller(self._polish, self.settled.cfg, partial(self._smaller, "polish"))
-        if stage != "autoencoder" and not self.run.stage_done("prior"):
-            repeated_smaller(self._prior, self.settled.cfg, partial(self._smaller, "prior"))
+        if stage != "prior":
+            self._once("autoencoder", self._autoencoder)
+        if stage != "prior" and self.settled.cfg.polish.enabled:
+            self._once("polish", self._polish)
+        if stage != "autoencoder":
+            self._once("prior", self._prior)
+
+    def _once(self, stage: str, train: Callable[[Config], None]) -> None:
+        if not self.ranks.told(lambda: self.run.stage_done(stage)):
+            repeated_smaller(train, self.settled.cfg, partial(self._smaller, stage))
+        self.ranks.barrier()
 
     def _autoencoder(self, cfg: Config) -> None:
-        train_autoencoder(self.run, cfg, *self._split())
+        train_autoencoder(self.run, cfg, *self._split(), self.ranks)
 
     def _polish(self, cfg: Config) -> None:
-        polish_decoder(self.run, cfg, *self._split())
+        polish_decoder(self.run, cfg, *self._split(), self.ranks)
 
     def _split(self) -> tuple[TrainingGroups, TrainingGroups]:
-        training, validation = (_groups(self.data, self.settled.cfg, split) for split in ("train", "validation"))
+        training, validation = (_groups(self.data, self.settled.cfg, split, self.ranks) for split in ("train", "validation"))
         return training, validation
 
     def _prior(self, cfg: Config) -> None:
-        train_prior(self.run, cfg, *_latents(self.run, self.data, cfg))
+        train_prior(self.run, cfg, *_latents(self.run, self.data, cfg, self.ranks), self.ranks)
 
     def _smaller(self, stage: str, _: Config, step: int) -> Config | None:
         """Settings for less memory, written to the run folder."""
+        if self.ranks.world > 1:
+            raise DoesNotFit(
+                f"memory ran out at step {step} of the {stage}, and several processes do not plan anew; begin another run with a "
+                f"smaller {stage}.batch and more {stage}.accumulate, or with --set model.checkpointing=true"
+            )
         less = smaller(self.settled, self.asked, stage)
         if less is None:
             return None
@@ -123,26 +162,27 @@ def _timed(cfg: Config, stage: str, minutes: float | None) -> Config:
     return cfg.model_copy(update=sections)
 
 
-def _groups(data: Dataset, cfg: Config, split: str) -> TrainingGroups:
+def _groups(data: Dataset, cfg: Config, split: str, ranks: Ranks) -> TrainingGroups:
     assert cfg.data.shape is not None
-    return TrainingGroups(data, data.groups(split), cfg.data, cfg.data.shape)
+    return TrainingGroups(data, data.groups(split), cfg.data, cfg.data.shape, ranks)
 
 
-def _latents(run: Run, data: Dataset, cfg: Config) -> tuple[LatentSet, LatentSet | None]:
+def _latents(run: Run, data: Dataset, cfg: Config, ranks: Ranks) -> tuple[LatentSet, LatentSet | None]:
     """The training groups' latents, encoded once and kept in the run folder, and the validation groups' if there are any."""
     weights = run.folder / "autoencoder.safetensors"
     if not weights.exists():
         raise ModelError(f"{run.folder}: has no trained autoencoder yet; run with --stage autoencoder or both first")
     training, validation = (run.folder / f"latents{name}.safetensors" for name in ("", "-validation"))
-    if not training.exists() or (not validation.exists() and data.groups("validation")):
+    if ranks.told(lambda: not training.exists() or (not validation.exists() and bool(data.groups("validation")))):
         network = build(cfg.model, cfg.data.shape or (0, 0, 0))
         network.load_state_dict(load(weights)[0])
         network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         precision = cfg.autoencoder.precision
-        encode_groups(network, _groups(data, cfg, "train"), cfg.prior, cfg.seed, precision).save(training)
+        encode_groups(network, _groups(data, cfg, "train", ranks), cfg.prior, cfg.seed, precision, ranks).save(training)
         if data.groups("validation"):
             once = cfg.prior.model_copy(update={"encodings": 1})
-            encode_groups(network, _groups(data, cfg, "validation"), once, cfg.seed, precision).save(validation)
+            encode_groups(network, _groups(data, cfg, "validation", ranks), once, cfg.seed, precision, ranks).save(validation)
+    ranks.barrier()
     return LatentSet.load(training), LatentSet.load(validation) if validation.exists() else None
 
 
