@@ -89,7 +89,7 @@ class Columns:
 
     def same_as(self, other: Columns) -> bool:
         ids = sorted({*(self.rows or {}), *(other.rows or {})})
-        return self.names == other.names and self.of(ids).equal_nan(other.of(ids)) if ids else self.names == other.names
+        return self.names == other.names and torch.allclose(self.of(ids), other.of(ids), rtol=0, atol=0, equal_nan=True)
 
 
 def read_columns(path: Path | str, groups: Sequence[Group], wanted: Sequence[str] | None) -> tuple[Columns, list[str]]:
@@ -143,7 +143,8 @@ class _Table:
         names = has if wanted is None else list(wanted)
         for name in names:
             if name not in has:
-                raise ConfigError(f"prior.columns: {self.path} has no column '{name}'{nearest(name, has)} (it has: {', '.join(has)})")
+                closest = nearest(name, has)
+                raise ConfigError(f"prior.columns: {self.path} has no column '{name}'{closest} (it has: {', '.join(has)})")
             if name in BUILT_IN or "=" in name or len(name) > LONGEST_NAME:
                 raise InputError(f"{self.path}: a column cannot be called '{name[:LONGEST_NAME]}'; give it another name")
         if not names:
@@ -261,15 +262,17 @@ class Known:
             if name not in columns:
                 has = ", ".join(sorted(columns))
                 raise InputError(f"condition '{name}': the model knows no such{nearest(name, sorted(columns))} (it knows: {has})")
-            given |= {name: self._number(name, value)} if name in self.names else self._category(name, str(value))
+            given |= {name: self._number(name, value)} if name in self.names else self._category(name, value)
         return given
 
-    def _category(self, name: str, value: str) -> dict[str, float]:
+    def _category(self, name: str, asked: float | str) -> dict[str, float]:
+        value = f"{asked:g}" if isinstance(asked, float) else str(asked)
         own = [known for known in self.names if known.startswith(f"{name}=")]
         values = [known.partition("=")[2] for known in own]
         if value not in values:
-            closest = nearest(value.upper(), values) or nearest(value.lower(), values) or nearest(value, values)
-            raise InputError(f"condition {name}={value}: not a value that the model knows{closest} (it knows: {', '.join(values)})")
+            alike = [known for known in values if known.lower() == value.lower()]
+            closest = f", did you mean '{alike[0]}'?" if alike else nearest(value, values)
+            raise InputError(f"condition {name}={value}: the model knows no such{closest} (it knows: {', '.join(values)})")
         return {known: float(known == f"{name}={value}") for known in own}
 
     def _number(self, name: str, value: float | str) -> float:

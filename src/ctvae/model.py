@@ -15,32 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ctvae import flow, intensity, preprocess
+from ctvae import intensity, preprocess
 from ctvae.checkpoint import file_hash, load
-from ctvae.config import Config, Prior, Size3, Wavelet3D, load_config, nearest
+from ctvae.conditions import Known
+from ctvae.config import Config, Size3, Wavelet3D, load_config, nearest
 from ctvae.device import generator, place
 from ctvae.errors import InputError, ModelError
 from ctvae.latents import LatentCode
 from ctvae.models import build
-from ctvae.models.velocity import Velocity
 from ctvae.models.wavelet3d import halo
 from ctvae.priors import CLOSED_FORM
+from ctvae.sampling import Draw, FlowPrior, Sampling, refuse
 from ctvae.tiling import tiled
-from ctvae.training.groups import CONDITIONS
 from ctvae.training.prior import Conditioning, build_velocity
 from ctvae.volume import Volume
 from ctvae.wiener import WienerVelocity
 
 PACKAGED = Path(__file__).parent / "packaged"
 TILE_VOXELS = (96, 256, 256)  # D H W of an encoding or decoding tile, halo not counted
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One sample of a prior: the latent, and the conditions that it was drawn under."""
-
-    latent: Tensor  # [1 ...]
-    conditions: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -154,17 +146,30 @@ class Model:
         return sorted(names, key=lambda name: (name != "flow", name))
 
     @torch.no_grad()
-    def draw(self, prior: str, seed: int, index: int, steps: int | None = None) -> Draw:
-        """Latent number `index` of `seed` from a prior: the same whatever else is drawn. Raises ModelError for an unknown one."""
+    def draw(self, prior: str, seed: int, index: int, steps: int | None = None, asked: Sampling | None = None) -> Draw:
+        """Latent number `index` of `seed` from a prior: the same whatever else is drawn.
+
+        `steps` alone is short for Sampling(steps). Raises ModelError for an unknown prior, InputError for what it cannot do.
+        """
         self._check_prior(prior)
+        asked = asked or Sampling(steps)
+        refuse(asked, prior, self.shape, len(self.network.latent_shape) == 4)
         random = generator(seed, index, stream=11)
         if prior == "flow":
-            return self._flow.draw(self.network.latent_shape, random, steps or self.cfg.prior.sampling_steps)
-        tensors, _ = self._prior_tensors(prior)
+            return self._flow.draw(self.network.latent_shape, random, asked)
+        tensors, meta = self._prior_tensors(prior)
         fitted = CLOSED_FORM[prior].from_tensors({name: value.numpy() for name, value in tensors.items()})
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=random)))
         z = torch.from_numpy(np.asarray(fitted.sample(rng), np.float32))[None]
-        return Draw(z, _pick(tensors["conditions.known"], random))
+        return Draw(z, self._known(prior, tensors, meta).pick(random, {}))
+
+    def conditions(self, prior: str = "flow") -> Known:
+        """What a prior may be told, and what it knows of its training groups. Raises ModelError for an unknown prior."""
+        self._check_prior(prior)
+        return self._known(prior, *self._prior_tensors(prior))
+
+    def _known(self, prior: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Known:
+        return Known.from_file(tensors, meta, self.shape[0], self.folder / f"prior-{prior}.safetensors")
 
     def prior_hash(self, prior: str) -> str:
         """The first 16 hex digits of the SHA-256 of a prior's weights."""
@@ -184,46 +189,12 @@ class Model:
         tensors, meta = self._prior_tensors("flow")
         tensors = {name: value.float() for name, value in tensors.items()}
         wiener = WienerVelocity(*(tensors[f"flow.{name}"] for name in ("mean", "factors", "rest")))
-        network = build_velocity(self.cfg.prior, tuple(meta["latent_shape"]), len(CONDITIONS), wiener)
+        known = self._known("flow", tensors, meta)
+        network = build_velocity(self.cfg.prior, tuple(meta["latent_shape"]), len(known.names), wiener)
         self._load_weights(network, _below("flow.", tensors))
         conditioning = Conditioning(tensors["conditions.mean"], tensors["conditions.std"])
         code = LatentCode(_below("code.", tensors))
-        return FlowPrior(code, network, conditioning, tensors["conditions.known"], self.cfg.prior)
-
-
-@dataclass(frozen=True)
-class FlowPrior:
-    """The trained flow, told what a group of the training set was told."""
-
-    code: LatentCode
-    network: Velocity
-    conditioning: Conditioning
-    known: Tensor  # [N K] conditions of the training groups
-    cfg: Prior
-
-    def draw(self, latent_shape: tuple[int, ...], random: torch.Generator, steps: int) -> Draw:
-        told = _pick(self.known, random)
-        device = self.network.mean.device
-        c = self.conditioning.standard(torch.tensor([[told[name] for name in CONDITIONS]])).to(device)  # [1 K]
-        shape = latent_shape if len(latent_shape) == 4 else (math.prod(latent_shape),)
-        x0 = torch.randn((1, *shape), generator=random).to(device)
-        velocity = self._velocity(c)
-        if self.cfg.guidance != 1.0:
-            velocity = flow.guided(velocity, self._velocity(torch.full_like(c, math.nan)), self.cfg.guidance)
-        return Draw(self.code.decode(flow.sample(velocity, x0, steps).cpu()), told)
-
-    def _velocity(self, told: Tensor) -> flow.Velocity:
-        def at(x: Tensor, t: Tensor) -> Tensor:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16"):
-                return self.network(x, t, told)
-
-        return at
-
-
-def _pick(known: Tensor, random: torch.Generator) -> dict[str, float]:
-    """The conditions of one training group, drawn at random: so spacings come out as often as they came in."""
-    row = known[int(torch.randint(len(known), (), generator=random))]
-    return dict(zip(CONDITIONS, row.tolist(), strict=True))
+        return FlowPrior(code, network, conditioning, known, self.cfg.prior, self.shape)
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

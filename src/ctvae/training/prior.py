@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ctvae import flow, priors
 from ctvae.checkpoint import EMA, save
+from ctvae.conditions import BUILT_IN, of_group, scan_mm
 from ctvae.config import Config, Prior
 from ctvae.device import generator, make_fabric, place
 from ctvae.errors import TrainingDiverged
@@ -24,7 +25,7 @@ from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.velocity import UNet, VectorNet, Velocity
 from ctvae.progress import Progress
 from ctvae.runlog import Clock, Curve, Run
-from ctvae.training.groups import CONDITIONS, TrainingGroups, conditions
+from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
 from ctvae.wiener import WienerVelocity
@@ -42,7 +43,10 @@ class Conditioning:
 
     @classmethod
     def fit(cls, values: Tensor) -> Conditioning:
-        return cls(values.mean(0), values.std(0, correction=0).clamp_min(LEAST_SPREAD))
+        """Over what is known; a condition that no group has is left as it is."""
+        mean = values.nanmean(0)
+        std = (values - mean).square().nanmean(0).sqrt().clamp_min(LEAST_SPREAD)
+        return cls(mean.nan_to_num(0.0), std.nan_to_num(1.0))
 
     def standard(self, values: Tensor) -> Tensor:
         return (values - self.mean) / self.std
@@ -93,12 +97,12 @@ def train_prior(run: Run, cfg: Config, latents: LatentSet, held_out: LatentSet |
     conditioning = Conditioning.fit(latents.conditions)
     shape = tuple(latents.means.shape[1:])
     torch.manual_seed(cfg.seed)
-    network = build_velocity(cfg.prior, shape, len(CONDITIONS), fit_wiener(cfg.prior, code, latents))
+    network = build_velocity(cfg.prior, shape, len(latents.names), fit_wiener(cfg.prior, code, latents))
     figures = train_flow(run, cfg, network, Data(latents, held_out, flow_batches(cfg, code, conditioning)))
     tensors = {f"flow.{key}": value for key, value in network.state_dict().items()}
     tensors |= {f"code.{key}": value for key, value in code.tensors.items()}
-    tensors |= {"conditions.mean": conditioning.mean, "conditions.std": conditioning.std, "conditions.known": latents.conditions}
-    save(run.folder / "prior-flow.safetensors", tensors, {"latent_shape": shape, "conditions": CONDITIONS, **figures})
+    tensors |= {"conditions.mean": conditioning.mean, "conditions.std": conditioning.std, **latents.known()}
+    save(run.folder / "prior-flow.safetensors", tensors, {"latent_shape": shape, "conditions": latents.names, **figures})
     run.finish_stage("prior", **figures)
     run.checkpoints("flow").clear()
 
@@ -113,8 +117,7 @@ def fit_closed_form(run: Run, latents: LatentSet) -> None:
         if not path.exists():
             fitted = kind.fit(means, variances)
             tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in fitted.tensors().items()}
-            tensors["conditions.known"] = latents.conditions
-            save(path, tensors, {"latent_shape": means.shape[1:]})
+            save(path, {**tensors, **latents.known()}, {"latent_shape": means.shape[1:], "conditions": latents.names})
 
 
 BatchMaker = Callable[[LatentSet, int], Batch]
@@ -227,7 +230,7 @@ def encode_groups(
     network: Autoencoder, groups: TrainingGroups, encodings: int, seed: int, precision: str = "bf16"
 ) -> LatentSet:
     """Posterior moments of every group, `encodings` times each under the training augmentation (the first without)."""
-    means, logvars, told, ids = [], [], [], []
+    means, logvars, told, lengths, ids = [], [], [], [], []
     device = next(network.parameters()).device
     with Progress("encoding", total=len(groups) * encodings) as bar:
         for index, group in enumerate(groups.groups):
@@ -238,7 +241,9 @@ def encode_groups(
                     mean, logvar = network.encode(x[None].to(device))
                 means.append(mean[0].half().cpu())
                 logvars.append(logvar[0].half().cpu())
-                told.append(conditions(group))
+                told.append(of_group(group))
+                lengths.append(scan_mm(group))
                 ids.append(group.id)
                 bar.update(len(ids))
-    return LatentSet(torch.stack(means), torch.stack(logvars), torch.tensor(told, dtype=torch.float32), ids)
+    numbers, scans_mm = torch.tensor(told, dtype=torch.float32), torch.tensor(lengths, dtype=torch.float32)
+    return LatentSet(torch.stack(means), torch.stack(logvars), numbers, ids, BUILT_IN, scans_mm)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ctvae.checkpoint import load
+from ctvae.conditions import Columns, read_columns
 from ctvae.config import Config
 from ctvae.dataset import Dataset
 from ctvae.errors import ConfigError, ModelError
@@ -25,6 +26,7 @@ from ctvae.training.polish import polish_decoder
 from ctvae.training.prior import encode_groups, train_prior
 from ctvae.training.settings import HOURS_KEYS, Asked, Settled, chosen, settle, smaller, with_hours
 
+CONDITIONS_FILE = "conditions.json"  # in the run folder: a user's columns by group
 STAGES = ("autoencoder", "prior", "both")
 
 
@@ -39,13 +41,16 @@ def train(
     plan: Path | str | None = None,
     memory_gb: float | None = None,
     hours: float | None = None,
+    conditions: Path | str | None = None,
 ) -> Path:
     """Train `method`'s autoencoder and then its priors on a prepared dataset; the same call again resumes.
 
     `minutes` is shared between the stages and ends them early; without it each runs its recipe's steps. `hours` ends them
     too, and sets the steps to fill that time, from what one takes here. `method` none: what the run folder says, else
     wavelet3d. `plan` is a plan.yaml; `memory_gb` plans for that much. By default the machine's memory is looked at, and
-    what was asked is changed only where it does not fit. Returns the run folder.
+    what was asked is changed only where it does not fit. `conditions` is a CSV with a row per scan or patient (columns `scan` or
+    `patient`) whose other columns the flow is told, all or those of `prior.columns`; `generate` can ask for their values.
+    Returns the run folder.
 
     Raises InputError, ConfigError, ModelError, DoesNotFit or TrainingDiverged.
     """
@@ -62,15 +67,16 @@ def train(
     settled = replace(settled, cfg=_timed(settled.cfg, stage, minutes))
     replanned = plan is not None or memory_gb is not None
     run = Run.create_or_resume(folder, settled.cfg, data.fingerprint, settled.planned, replanned)
-    _Stages(run, data, asked, settled).train(stage)
+    columns = _columns(run, data, settled.cfg, conditions)
+    _Stages(run, data, asked, settled, columns).train(stage)
     return folder
 
 
 class _Stages:
     """The stages of a run, each done again with a smaller plan where its memory runs out."""
 
-    def __init__(self, run: Run, data: Dataset, asked: Asked, settled: Settled):
-        self.run, self.data, self.asked, self.settled = run, data, asked, settled
+    def __init__(self, run: Run, data: Dataset, asked: Asked, settled: Settled, columns: Columns):
+        self.run, self.data, self.asked, self.settled, self.columns = run, data, asked, settled, columns
 
     def train(self, stage: str) -> None:
         if stage != "prior" and not self.run.stage_done("autoencoder"):
@@ -91,7 +97,8 @@ class _Stages:
         return training, validation
 
     def _prior(self, cfg: Config) -> None:
-        train_prior(self.run, cfg, *_latents(self.run, self.data, cfg))
+        training, validation = _latents(self.run, self.data, cfg)
+        train_prior(self.run, cfg, training.with_columns(self.columns), validation and validation.with_columns(self.columns))
 
     def _smaller(self, stage: str, _: Config, step: int) -> Config | None:
         """Settings for less memory, written to the run folder."""
@@ -102,6 +109,23 @@ class _Stages:
         self.settled = less
         self.run.replan(less.cfg, less.planned)
         return less.cfg
+
+
+def _columns(run: Run, data: Dataset, cfg: Config, table: Path | str | None) -> Columns:
+    """The user's columns, from `table` or from the run folder, where they are kept. Raises InputError or ConfigError."""
+    path = run.folder / CONDITIONS_FILE
+    if table is None:
+        if cfg.prior.columns and not path.exists():
+            raise ConfigError("prior.columns: names columns of a table; give it with --conditions")
+        return Columns.load(path) if path.exists() else Columns()
+    columns, notes = read_columns(table, [*data.groups("train"), *data.groups("validation")], cfg.prior.columns)
+    begun = run.stage_done("prior") or bool(run.checkpoints("flow").paths())
+    if begun and not (path.exists() and columns.same_as(Columns.load(path))):
+        raise ConfigError(f"{run.folder}: its prior was begun with other conditions than {table}; choose another --out")
+    for note in notes:
+        say(note)
+    columns.save(path)
+    return columns
 
 
 def _refuse_nonsense(stage: str, minutes: float | None, hours: float | None) -> None:
