@@ -89,7 +89,7 @@ class FlowPrior:
     def draw(self, latent_shape: tuple[int, ...], random: torch.Generator, asked: Sampling) -> Draw:
         """One group, or with more slices than that one volume of slabs that are denoised together (`slabs.py`).
 
-        The slabs overlap by half. Noise is drawn once for the whole. Each slab is told its own position: the volume is as much of
+        Noise is drawn once for the whole. Each slab is told its own position: the volume is as much of
         a scan as its slices are of the training scan's length in mm, its middle at the position that was asked for or drawn,
         moved so that it lies within the scan and within the positions known to the model. A volume longer than the scan is
         taken for a whole one; where its slabs reach further than the known positions, they are spread evenly over these.
@@ -98,7 +98,7 @@ class FlowPrior:
         told = self.known.pick(random, self.known.given(asked.conditions))
         size = self._size(latent_shape, facts["slices"])
         x0 = torch.randn((1, *size), generator=random).to(self.network.mean.device)
-        starts = slabs.covering(size[1], latent_shape[1], max(1, latent_shape[1] // 2)) if len(size) == 4 else [0]
+        starts = slabs.covering(size[1], latent_shape[1]) if len(size) == 4 else [0]
         positions = self.positions(told, starts, latent_shape[1], size[1]) if len(starts) > 1 else ()
         each = [told.having("position", position) for position in positions] or [told]
         velocities = [self._guided(one, facts["guidance"]) for one in each]

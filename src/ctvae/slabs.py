@@ -3,11 +3,12 @@
 A velocity that is known for `depth` latent slices becomes one for `total`: it is asked of every slab at the same time t,
 and where slabs overlap their answers are averaged,
 
-    v(x, t)_i = sum_k w_(i - s_k) v_k(x[s_k : s_k + depth], t)_(i - s_k) / sum_k w_(i - s_k),   w_j = sin^2(pi (j + 1/2) / depth)
+    v(x, t)_i = sum_k w_(i - s_k) v_k(x[s_k : s_k + depth], t)_(i - s_k) / sum_k w_(i - s_k),   w_j = sin^4(pi (j + 1/2) / depth)
 
-so that each slab counts most where it sees as much on either side, and hardly where it ends: with slabs that begin every
-depth / 2 the weights add up to one (Hann's window), and no slice belongs to a slab's edge alone but at the volume's own ends.
-All slabs share one x, so there is nothing to join afterwards.
+so that each slab counts most where it sees as much on either side, and hardly where it ends. All slabs share one x, so there
+is nothing to join afterwards. For slabs that begin every depth / OVERLAP the weights add up to a constant. What is left of a
+seam is known in closed form where the data are Gaussian (`tests/test_slabs.py`): with 8 latent slices that correlate by 0.8,
+slice-to-slice change is 1.8 % larger at joins than between them, where sin^2 and slabs every depth / 2 leave 11 %.
 
 Shapes:  B batch   C channels   n latent slices of the volume   d of a slab   h w
 """
@@ -22,17 +23,19 @@ from torch import Tensor
 
 from ctvae.flow import Velocity
 
+OVERLAP = 4  # slabs that see each slice
 
-def covering(total: int, depth: int, stride: int) -> list[int]:
-    """First slices of the slabs of `depth` that cover `total` >= `depth` slices, one every `stride`, the last at the end."""
-    assert 1 <= stride <= depth <= total, (total, depth, stride)
-    last = total - depth
+
+def covering(total: int, depth: int, overlap: int = OVERLAP) -> list[int]:
+    """First slices of the slabs of `depth` that cover `total` >= `depth` slices, `overlap` on each, the last at the end."""
+    assert 1 <= depth <= total, (total, depth)
+    last, stride = total - depth, max(1, depth // overlap)
     return [*range(0, last, stride), last]
 
 
 def weights(depth: int) -> Tensor:
-    """How much a slab counts along its slices [d]: sin^2, positive everywhere."""
-    return torch.sin(math.pi * (torch.arange(depth) + 0.5) / depth).square()
+    """How much a slab counts along its slices [d]: sin^4, positive everywhere."""
+    return torch.sin(math.pi * (torch.arange(depth) + 0.5) / depth) ** 4
 
 
 def joint(velocities: Sequence[Velocity], starts: Sequence[int], depth: int) -> Velocity:
