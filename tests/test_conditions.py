@@ -68,10 +68,10 @@ def test_columns_become_numbers(tmp_path):
     assert columns.names == ("age", "sex=F", "sex=M", "contrast=portal")
     nan = math.nan
     expected = [[63.3, 1, 0, 1], [41, 0, 1, nan], [nan, 1, 0, 1], [55, 0, 1, nan], [70, 1, 0, nan]]
-    np.testing.assert_array_equal(columns.of([one.id for one in GROUPS]), np.array(expected, np.float32))
+    np.testing.assert_array_equal(columns.of([one.id for one in GROUPS]).numpy(), np.array(expected, np.float32))
     assert len(notes) == 1
     assert "2 values of 'contrast' count as missing" in notes[0]
-    assert np.isnan(columns.of(["somebody else"])).all()
+    assert columns.of(["somebody else"]).isnan().all()
 
 
 def test_a_table_by_scan_says_the_same(tmp_path):
@@ -93,7 +93,7 @@ def test_columns_come_back_from_their_file(tmp_path):
 def test_scans_without_a_row_are_told_of(tmp_path):
     columns, notes = read_columns(table(tmp_path), [*GROUPS, group(9)], ("age",))
     assert "no row for 1 scans" in notes[0]
-    assert np.isnan(columns.of(["p9_0000"])).all()
+    assert columns.of(["p9_0000"]).isnan().all()
 
 
 def test_tables_that_cannot_be_used_are_one_line(tmp_path):
