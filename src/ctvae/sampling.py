@@ -89,10 +89,10 @@ class FlowPrior:
     def draw(self, latent_shape: tuple[int, ...], random: torch.Generator, asked: Sampling) -> Draw:
         """One group, or with more slices than that one volume of slabs that are denoised together (`slabs.py`).
 
-        Noise is drawn once for the whole. Each slab is told its own position: the volume is as much of
-        a scan as its slices are of the training scan's length in mm, its middle at the position that was asked for or drawn,
-        moved so that it lies within the scan and within the positions known to the model. A volume longer than the scan is
-        taken for a whole one; where its slabs reach further than the known positions, they are spread evenly over these.
+        Noise is drawn once for the whole. Each slab is told its own position: the volume is as much of a scan as its length in mm
+        is of the training scan's whose conditions were drawn, its middle at the position that was asked for or drawn, moved so
+        that it lies within that scan and within the positions known to the model. A volume longer than the scan is taken for a
+        whole one; where its slabs reach further than the known positions, they are spread evenly over these.
         """
         facts = asked.facts(self.cfg, self.shape)
         told = self.known.pick(random, self.known.given(asked.conditions))
@@ -104,6 +104,8 @@ class FlowPrior:
         velocities = [self._guided(one, facts["guidance"]) for one in each]
         velocity = slabs.joint(velocities, starts, latent_shape[1]) if positions else velocities[0]
         x1 = flow.sample(velocity, x0, facts["steps"], facts["solver"])
+        if positions:
+            told = told.having("position", (positions[0] + positions[-1]) / 2)
         return Draw(self.code.decode(x1.cpu()), told, positions)
 
     def positions(self, told: Told, starts: list[int], depth: int, total: int) -> tuple[float, ...]:
