@@ -31,37 +31,48 @@ def pairs() -> tuple[torch.Tensor, torch.Tensor]:
     return x0, MU + S * x1
 
 
-@pytest.mark.parametrize("order", [1, 2])
-def test_sampler_converges_at_its_order(order):
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("ab2", 2)])
+def test_sampler_converges_at_its_order(solver, order):
+    """As steps double, a first-order error halves and a second-order one quarters."""
     x0 = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1)
     exact = MU + S * x0
 
     def error(steps: int) -> float:
-        return (flow.sample(gaussian_velocity, x0, steps, order) - exact).abs().max().item()
+        return (flow.sample(gaussian_velocity, x0, steps, solver) - exact).abs().max().item()
 
     rate = math.log2(error(64) / error(128))
     assert rate == pytest.approx(order, abs=0.15)
     assert error(128) < 0.02
 
 
-@pytest.mark.parametrize(("order", "evaluations"), [(1, 5), (2, 10)])
-def test_sampler_asks_for_times_from_0_to_1(order, evaluations):
+@pytest.mark.parametrize(("solver", "evaluations", "latest"), [("euler", 5, 0.8), ("heun", 10, 1.0), ("ab2", 6, 0.8)])
+def test_sampler_asks_for_times_from_0_to_1(solver, evaluations, latest):
     times = []
 
     def velocity(x, t):
         times.append(t.tolist())
         return torch.ones_like(x)
 
-    x = flow.sample(velocity, torch.zeros(2, 3), 5, order)
+    x = flow.sample(velocity, torch.zeros(2, 3), 5, solver)
     torch.testing.assert_close(x, torch.ones(2, 3))
-    assert len(times) == evaluations
+    assert len(times) == evaluations == flow.evaluations(solver, 5)
     assert times[0] == [0.0, 0.0]
-    assert max(max(t) for t in times) == pytest.approx(0.8 if order == 1 else 1.0)
+    assert max(max(t) for t in times) == pytest.approx(latest)
 
 
-def test_an_unknown_order_is_refused():
-    with pytest.raises(ValueError, match="order 3 is neither 1"):
-        flow.sample(gaussian_velocity, torch.zeros(1, 1), 1, order=3)
+def test_two_old_slopes_are_worth_more_than_one():
+    """On x' = 3 t^2 the multistep method is exact to h^2 with half of Heun's evaluations."""
+
+    def error(solver: str, steps: int) -> float:
+        return abs(flow.sample(lambda x, t: 3 * t[:, None] ** 2, torch.zeros(1, 1), steps, solver).item() - 1)
+
+    assert error("ab2", 20) < 0.25 * error("euler", 20)
+    assert error("ab2", 40) == pytest.approx(error("ab2", 20) / 4, rel=0.2)
+
+
+def test_an_unknown_solver_is_refused():
+    with pytest.raises(ValueError, match="solver 'rk4' is not one of heun, euler, ab2"):
+        flow.sample(gaussian_velocity, torch.zeros(1, 1), 1, solver="rk4")
 
 
 def straight_loss(velocity, x0, x1, t):

@@ -130,6 +130,10 @@ def train(
     memory: Annotated[
         str | None, typer.Option(help="Train with what fits, e.g. 12GB. [default: the card's, else what is free]")
     ] = None,
+    conditions: Annotated[
+        Path | None,
+        typer.Option(help="CSV with a row per scan or patient; its columns (--set prior.columns=[A,B]: those) are conditions."),
+    ] = None,
 ) -> None:
     """Train an autoencoder, then its priors.
 
@@ -142,7 +146,7 @@ def train(
 
     run = train(
         dataset, out, method=method, stage=stage, overrides=_overrides(settings, window), minutes=minutes, hours=hours,
-        plan=plan, memory_gb=parse_memory(memory) if memory else None,
+        plan=plan, memory_gb=parse_memory(memory) if memory else None, conditions=conditions,
     )  # fmt: skip
     if not is_first():
         return
@@ -218,16 +222,34 @@ def generate(
     ] = "flow",
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps of the flow. [default: the model's]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")] = False,
+    solver: Annotated[
+        Literal["heun", "euler", "ab2"] | None,
+        typer.Option(help="heun: two evaluations a step; euler, ab2: one. [default: heun]"),
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="How much to lean on the conditions; 1: none. [default: the model's]")
+    ] = None,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="What to be, e.g. position=0.4 or sex=F; repeatable. [default: as in training]"),
+    ] = None,
+    slices: Annotated[
+        int | None, typer.Option(min=2, help="Axial slices; more than the model's are slabs made as one. [default: the model's]")
+    ] = None,
 ) -> None:
     """Generate synthetic scans.
 
-    Writes NIfTI in HU with true spacing, a JSON sidecar each saying where it came from, and a contact sheet.
+    Writes NIfTI in HU with true spacing, a JSON sidecar each saying where it came from, and a contact sheet. Conditions that are
+    not given are drawn from the training scans.
 
     Example: ctvae generate run --out synthetic -n 16 --seed 100
     """
     from ctvae.generate import generate
 
-    paths = generate(model, out, count=count, seed=seed, prior=prior, steps=steps, overwrite=overwrite)
+    paths = generate(
+        model, out, count=count, seed=seed, prior=prior, steps=steps, overwrite=overwrite, solver=solver, guidance=guidance,
+        conditions=_conditions(condition or []), slices=slices,
+    )  # fmt: skip
     for path in paths if is_first() else ():
         typer.echo(path)
 
@@ -388,6 +410,20 @@ def demo(out: Out) -> None:
     from ctvae.demo import demo
 
     typer.echo(demo(out))
+
+
+def _conditions(texts: list[str]) -> dict[str, float | str]:
+    """`--condition NAME=VALUE`s, numbers as such."""
+    conditions: dict[str, float | str] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name or not value or name in conditions:
+            raise typer.BadParameter(f"'{text}' is not NAME=VALUE, each name once", param_hint="--condition")
+        try:
+            conditions[name] = float(value)
+        except ValueError:
+            conditions[name] = value
+    return conditions
 
 
 def _size(text: str) -> int | Literal["native"]:

@@ -209,6 +209,7 @@ class Prior(Training):
     sampling_steps: int = Field(25, ge=1, le=10_000, description="Heun steps at generation; two evaluations each")
     guidance: float = Field(1.5, ge=0, description="classifier-free guidance by the conditions; 1: none")
     null_probability: float = Field(0.1, ge=0, le=1, description="share of steps that hide the conditions")
+    columns: tuple[str, ...] | None = Field(None, description="of the table given with --conditions; none: all of them")
 
     @model_validator(mode="after")
     def _coarse_widths_split_into_heads(self) -> Prior:

@@ -1,7 +1,8 @@
 """The verb `export`: a finished run as a small folder to hand on, with half-precision weights and no scans or latents.
 
-Not nothing of the training data: the flow holds position and spacing of every training group, and the mean and leading
-directions of their latents, which come near single scans where there are hardly more groups than directions.
+Not nothing of the training data: the flow holds the conditions of every training group (position, spacing, width, length of
+the scan, columns of a user's table) to three digits, and the mean and leading directions of their latents, which come near
+single scans where there are hardly more groups than directions.
 
     OUT/config.yaml, autoencoder.safetensors, prior-flow.safetensors, prior-normal.safetensors, README.md (the model card)
 """
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 
 from ctvae import checkpoint, files
+from ctvae.conditions import rounded
 from ctvae.errors import InputError
 from ctvae.model import open_model
 
 PRIORS = ("flow", "normal")  # the fitted ones hold whole training latents
 NETWORKS = ("flow.",)
+OF_GROUPS = ("conditions.known", "conditions.scan_mm")
 
 
 def export(run: Path | str, out: Path | str, *, card: Path | str | None = None) -> Path:
@@ -40,11 +43,19 @@ def export(run: Path | str, out: Path | str, *, card: Path | str | None = None) 
         path = model.folder / f"prior-{prior}.safetensors"
         if path.exists():
             tensors, meta = checkpoint.load(path)
-            halved = {name: _half(value) if name.startswith(NETWORKS) else value for name, value in tensors.items()}
-            checkpoint.save(folder / path.name, halved, meta)
+            checkpoint.save(folder / path.name, {name: _smaller(name, value) for name, value in tensors.items()}, meta)
     if card is not None:
         shutil.copyfile(card, folder / "README.md")
     return folder
+
+
+def _smaller(name: str, value: Tensor) -> Tensor:
+    """A prior's weights in half precision, and what it tells of single groups to three digits."""
+    if name.startswith(NETWORKS):
+        return _half(value)
+    if name not in OF_GROUPS:
+        return value
+    return torch.tensor([rounded(number) for number in value.flatten().tolist()]).view(value.shape)
 
 
 def _half(value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+SOLVERS = ("heun", "euler", "ab2")
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B ...], t [B]) -> velocity [B ...]
 
 
@@ -47,22 +48,31 @@ def matching_loss(velocity: Velocity, x0: Tensor, x1: Tensor, t: Tensor, mean: T
     return error.square().flatten(1).mean(1)
 
 
-def sample(velocity: Velocity, x0: Tensor, steps: int, order: int = 2) -> Tensor:
-    """Noise x0 [B ...] at t = 0 -> data at t = 1, in `steps` equal steps.
+def sample(velocity: Velocity, x0: Tensor, steps: int, solver: str = "heun") -> Tensor:
+    """Noise x0 [B ...] at t = 0 -> data at t = 1, in `steps` equal steps of one of SOLVERS.
 
-    Order 1 is Euler's method, order 2 is Heun's: two evaluations a step (Karras et al. 2022).
+    euler   x + h v_n                               order 1, one evaluation a step
+    heun    x + h (v_n + v'_(n+1)) / 2              order 2, two (Karras et al. 2022); v' at Euler's guess
+    ab2     x + h (3 v_n - v_(n-1)) / 2             order 2, one (Adams and Bashforth), and one more as it starts with Heun's
     """
-    if order not in (1, 2):
-        raise ValueError(f"order {order} is neither 1 (Euler) nor 2 (Heun)")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver {solver!r} is not one of {', '.join(SOLVERS)}")
     h = 1.0 / steps
-    x = x0
+    x, before = x0, None
     for step in range(steps):
         t = x.new_full((len(x),), step * h)
-        slope = velocity(x, t)
-        if order == 2:
-            slope = (slope + velocity(x + h * slope, t + h)) / 2
-        x = x + h * slope
+        slope = now = velocity(x, t)
+        if solver == "ab2" and before is not None:
+            slope = (3 * now - before) / 2
+        elif solver != "euler":
+            slope = (now + velocity(x + h * slope, t + h)) / 2
+        x, before = x + h * slope, now
     return x
+
+
+def evaluations(solver: str, steps: int) -> int:
+    """How often `sample` asks the velocity."""
+    return {"euler": steps, "heun": 2 * steps, "ab2": steps + 1}[solver]
 
 
 def guided(conditional: Velocity, unconditional: Velocity, weight: float) -> Velocity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ctvae.model import Model as TrainedModel
 from ctvae.model import Posterior, model_folder, packaged_models
 from ctvae.progress import Progress
 from ctvae.ranks import joined
+from ctvae.sampling import Sampling
 from ctvae.scan import Scan, read_scan
 from ctvae.version import __version__
 from ctvae.volume import Volume, plain_affine
@@ -51,16 +53,35 @@ def sidecar(path: Path) -> Path:
 class Model(TrainedModel):
     """A trained model that hands out scans with their provenance."""
 
-    def generate(self, seed: int = 0, index: int = 0, prior: str = "flow", steps: int | None = None) -> Synthetic:
-        """Volume number `index` of `seed`: the same whatever else is generated, in HU, int16, with a patient's spacing."""
-        draw = self.draw(prior, seed, index, steps)
-        x_mm, z_mm = draw.conditions["pixel_mm"], draw.conditions["slice_mm"]
-        hu = self.decode(draw.latent)
-        depth, height, width = hu.shape
-        volume = Volume(hu, plain_affine((x_mm, x_mm, z_mm), (depth, height, width)))
-        facts = {"prior": prior, "prior_sha256": self.prior_hash(prior), "seed": seed, "index": index}
-        steps = steps or self.cfg.prior.sampling_steps
-        return Synthetic(volume, self.provenance(**facts, conditions=draw.conditions, steps=steps))
+    def generate(
+        self,
+        seed: int = 0,
+        index: int = 0,
+        prior: str = "flow",
+        steps: int | None = None,
+        *,
+        solver: str | None = None,
+        guidance: float | None = None,
+        conditions: Mapping[str, float | str] | None = None,
+        slices: int | None = None,
+    ) -> Synthetic:
+        """Volume number `index` of `seed`: the same whatever else is generated, in HU, int16, with a patient's spacing.
+
+        The rest as in the verb `ctvae.generate`. Raises ModelError, ConfigError or InputError.
+        """
+        return self.sampled(seed, index, prior, Sampling(steps, solver, guidance, conditions or {}, slices))
+
+    def sampled(self, seed: int, index: int, prior: str, asked: Sampling) -> Synthetic:
+        """`generate`, with what is asked of the draw as one."""
+        draw = self.draw(prior, seed, index, asked=asked)
+        facts = asked.facts(self.cfg.prior, self.shape)
+        hu = _middle(self.decode(draw.latent), facts["slices"])
+        x_mm, z_mm = draw.told["pixel_mm"], draw.told["slice_mm"]
+        volume = Volume(hu, plain_affine((x_mm, x_mm, z_mm), (hu.shape[0], hu.shape[1], hu.shape[2])))
+        origin = {"prior": prior, "prior_sha256": self.prior_hash(prior), "seed": seed, "index": index}
+        if draw.positions:
+            facts["positions"] = [round(position, 6) for position in draw.positions]
+        return Synthetic(volume, self.provenance(**origin, conditions=draw.conditions, **facts))
 
     def provenance(self, **facts: Any) -> dict[str, Any]:
         return {
@@ -87,25 +108,35 @@ def generate(
     prior: str = "flow",
     steps: int | None = None,
     overwrite: bool = False,
+    solver: str | None = None,
+    guidance: float | None = None,
+    conditions: Mapping[str, float | str] | None = None,
+    slices: int | None = None,
 ) -> list[Path]:
     """Write `count` synthetic scans of `seed` as NIfTI with JSON sidecars, and `contact-sheet.png`; returns the scans.
 
-    Scans that the same call wrote before are kept. Processes that torchrun started share them out. Raises ModelError, and
-    InputError where other scans are in the way.
+    `steps`, `solver` (heun, euler or ab2) and `guidance` (1: none) are the flow's; none of them: the model's own.
+    `conditions` are what the scans are to be, by name, such as {"position": 0.4, "sex": "F"}; what is not given is drawn
+    from the training groups nearest to it. `slices` none: as many as the model's groups. Fewer are the middle of a group;
+    more are one volume of overlapping slabs denoised together (spatial latents only), at a position along the body that is
+    moved where the volume would not fit (`FlowPrior.draw`).
+
+    Scans that the same call wrote before are kept. Processes that torchrun started share them out. Raises ModelError and
+    ConfigError, and InputError where other scans are in the way or the model cannot do what is asked.
     """
-    folder = Path(out)
+    folder, asked = Path(out), Sampling(steps, solver, guidance, conditions or {}, slices)
     paths = [folder / f"synthetic-{seed}-{index:04d}.nii.gz" for index in range(count)]
     with joined() as ranks:
         if ranks.first:
             files.sweep(folder)
         loaded, mine = load(model), range(ranks.rank, count, ranks.world)
         if not overwrite:
-            _refuse_foreign([paths[index] for index in mine], loaded, prior, steps or loaded.cfg.prior.sampling_steps)
+            _refuse_foreign([paths[index] for index in mine], loaded, prior, asked)
         ranks.barrier()
         with Progress(f"generate ({prior})", total=count) as bar:
             for index in mine:
                 if overwrite or not (paths[index].exists() and sidecar(paths[index]).exists()):
-                    loaded.generate(seed, index, prior, steps).save(paths[index])
+                    loaded.sampled(seed, index, prior, asked).save(paths[index])
                 bar.update(index + 1)
         ranks.barrier()
         if ranks.first:
@@ -113,11 +144,22 @@ def generate(
     return paths
 
 
-def _refuse_foreign(paths: list[Path], model: Model, prior: str, steps: int) -> None:
-    ours = {"model_sha256": model.hash, "prior_sha256": model.prior_hash(prior), "prior": prior, "steps": steps}
+def _middle(hu: np.ndarray, slices: int) -> np.ndarray:
+    """`slices` of [D H W], as many above as below left out."""
+    start = (len(hu) - slices) // 2
+    return hu[start : start + slices]
+
+
+def _refuse_foreign(paths: list[Path], model: Model, prior: str, asked: Sampling) -> None:
+    facts = asked.facts(model.cfg.prior, model.shape)
+    before = {**Sampling().facts(model.cfg.prior, model.shape), "steps": None}  # of sidecars that do not say all of it
+    ours = {"model_sha256": model.hash, "prior_sha256": model.prior_hash(prior), "prior": prior, **facts}
     for path in paths:
-        if path.exists() and sidecar(path).exists() and not ours.items() <= _told(sidecar(path)).items():
-            raise InputError(f"{path}: was made by another model, prior or --steps; choose another --out or --overwrite")
+        if path.exists() and sidecar(path).exists() and not ours.items() <= {**before, **_told(sidecar(path))}.items():
+            raise InputError(
+                f"{path}: was made by another model, prior or --steps, --solver, --guidance, --condition, --slices; "
+                "choose another --out or --overwrite"
+            )
 
 
 def _told(path: Path) -> dict[str, Any]:

@@ -5,13 +5,14 @@ Shapes:  N groups x encodings   B batch   Z latent channels   d h w latent voxel
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ctvae.checkpoint import load, save
+from ctvae.conditions import BEFORE_NAMES, Columns
 from ctvae.device import batch_indices
 
 
@@ -23,6 +24,8 @@ class LatentSet:
     logvars: Tensor  # like means
     conditions: Tensor  # [N K] in their own units
     groups: list[str]  # N group ids
+    names: tuple[str, ...] = BEFORE_NAMES  # of the K conditions
+    scan_mm: Tensor | None = None  # [N] length of the scan that each group comes from
 
     def __len__(self) -> int:
         return len(self.means)
@@ -30,7 +33,9 @@ class LatentSet:
     def plain(self) -> LatentSet:
         """The first encoding of every group, which is not augmented."""
         first = [self.groups.index(group) for group in dict.fromkeys(self.groups)]
-        return LatentSet(self.means[first], self.logvars[first], self.conditions[first], [self.groups[i] for i in first])
+        lengths = None if self.scan_mm is None else self.scan_mm[first]
+        ids = [self.groups[i] for i in first]
+        return LatentSet(self.means[first], self.logvars[first], self.conditions[first], ids, self.names, lengths)
 
     def posterior_sample(self, indices: list[int], random: torch.Generator) -> Tensor:
         """Fresh samples of the encodings `indices`, float32."""
@@ -44,12 +49,24 @@ class LatentSet:
 
     def save(self, path: Path) -> None:
         tensors = {"means": self.means, "logvars": self.logvars, "conditions": self.conditions}
-        save(path, tensors, {"groups": self.groups})
+        tensors |= {"scan_mm": self.scan_mm} if self.scan_mm is not None else {}
+        save(path, tensors, {"groups": self.groups, "conditions": self.names})
 
     @classmethod
     def load(cls, path: Path) -> LatentSet:
         tensors, meta = load(path)
-        return cls(tensors["means"], tensors["logvars"], tensors["conditions"], meta["groups"])
+        names, scan_mm = tuple(meta.get("conditions", BEFORE_NAMES)), tensors.get("scan_mm")
+        return cls(tensors["means"], tensors["logvars"], tensors["conditions"], meta["groups"], names, scan_mm)
+
+    def with_columns(self, columns: Columns) -> LatentSet:
+        """Told a user's columns as well."""
+        told = torch.cat((self.conditions, columns.of(self.groups)), dim=1)
+        return replace(self, conditions=told, names=(*self.names, *columns.names))
+
+    def known(self) -> dict[str, Tensor]:
+        """What a prior file keeps of the conditions: `Known.from_file` reads it."""
+        lengths = {} if self.scan_mm is None else {"conditions.scan_mm": self.scan_mm}
+        return {"conditions.known": self.conditions, **lengths}
 
 
 class LatentCode:

@@ -17,33 +17,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctvae import flow, intensity, preprocess
+from ctvae import intensity, preprocess
 from ctvae.checkpoint import built, file_hash, load
-from ctvae.config import Config, Prior, Size3, Wavelet3D, load_config, nearest
+from ctvae.conditions import Known
+from ctvae.config import Config, Size3, Wavelet3D, load_config, nearest
 from ctvae.device import generator, place
 from ctvae.errors import InputError, ModelError
 from ctvae.latents import LatentCode
 from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
-from ctvae.models.velocity import Velocity
 from ctvae.models.wavelet3d import halo
 from ctvae.priors import CLOSED_FORM
+from ctvae.sampling import Draw, FlowPrior, Sampling, refuse
 from ctvae.tiling import tiled
-from ctvae.training.groups import CONDITIONS
 from ctvae.training.prior import Conditioning, build_velocity
 from ctvae.volume import Volume
 from ctvae.wiener import WienerVelocity
 
 PACKAGED = Path(__file__).parent / "packaged"
 TILE_VOXELS = (96, 256, 256)  # D H W of an encoding or decoding tile, halo not counted
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One sample of a prior: the latent, and the conditions that it was drawn under."""
-
-    latent: Tensor  # [1 ...]
-    conditions: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -153,18 +145,32 @@ class Model:
         return sorted(names, key=lambda name: (name != "flow", name))
 
     @torch.no_grad()
-    def draw(self, prior: str, seed: int, index: int, steps: int | None = None) -> Draw:
-        """Latent number `index` of `seed` from a prior: the same whatever else is drawn. Raises ModelError for an unknown one."""
+    def draw(self, prior: str, seed: int, index: int, steps: int | None = None, asked: Sampling | None = None) -> Draw:
+        """Latent number `index` of `seed` from a prior: the same whatever else is drawn.
+
+        `steps` alone is short for Sampling(steps). Raises ModelError for an unknown prior, InputError for what it cannot do.
+        """
         self._check_prior(prior)
+        asked = asked or Sampling(steps)
+        refuse(asked, prior, self.shape, len(self.network.latent_shape) == 4)
         random = generator(seed, index, stream=11)
         if prior == "flow":
-            return self._flow.draw(self.network.latent_shape, random, steps or self.cfg.prior.sampling_steps)
-        tensors, _ = self._prior_tensors(prior)
+            return self._flow.draw(self.network.latent_shape, random, asked)
+        tensors, meta = self._prior_tensors(prior)
         with self._complaint_about(prior):
             fitted = CLOSED_FORM[prior].from_tensors({name: value.numpy() for name, value in tensors.items()})
+            known = self._known(prior, tensors, meta)
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=random)))
         z = torch.from_numpy(np.asarray(fitted.sample(rng), np.float32))[None]
-        return Draw(z, _pick(tensors["conditions.known"], random))
+        return Draw(z, known.pick(random, {}))
+
+    def conditions(self, prior: str = "flow") -> Known:
+        """What a prior may be told, and what it knows of its training groups. Raises ModelError for an unknown prior."""
+        self._check_prior(prior)
+        return self._known(prior, *self._prior_tensors(prior))
+
+    def _known(self, prior: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Known:
+        return Known.from_file(tensors, meta, self.shape[0], self.folder / f"prior-{prior}.safetensors")
 
     def prior_hash(self, prior: str) -> str:
         """The first 16 hex digits of the SHA-256 of a prior's weights."""
@@ -187,9 +193,9 @@ class Model:
         with self._complaint_about("flow"):
             wiener = WienerVelocity(*(tensors[f"flow.{name}"] for name in ("mean", "factors", "rest")))
             conditioning = Conditioning(tensors["conditions.mean"], tensors["conditions.std"])
-            code, known = LatentCode(_below("code.", tensors)), tensors["conditions.known"]
-        make = partial(build_velocity, self.cfg.prior, shape, len(CONDITIONS), wiener)
-        return FlowPrior(code, self._ready(make, _below("flow.", tensors)), conditioning, known, self.cfg.prior)
+            code, known = LatentCode(_below("code.", tensors)), self._known("flow", tensors, meta)
+        make = partial(build_velocity, self.cfg.prior, shape, len(known.names), wiener)
+        return FlowPrior(code, self._ready(make, _below("flow.", tensors)), conditioning, known, self.cfg.prior, self.shape)
 
     @contextmanager
     def _complaint_about(self, prior: str) -> Iterator[None]:
@@ -200,46 +206,11 @@ class Model:
             raise ModelError(f"{self.folder}/prior-{prior}.safetensors: damaged or not a {prior} prior ({error})") from error
 
 
-@dataclass(frozen=True)
-class FlowPrior:
-    """The trained flow, told what a group of the training set was told."""
-
-    code: LatentCode
-    network: Velocity
-    conditioning: Conditioning
-    known: Tensor  # [N K] conditions of the training groups
-    cfg: Prior
-
-    def draw(self, latent_shape: tuple[int, ...], random: torch.Generator, steps: int) -> Draw:
-        told = _pick(self.known, random)
-        device = self.network.mean.device
-        c = self.conditioning.standard(torch.tensor([[told[name] for name in CONDITIONS]])).to(device)  # [1 K]
-        shape = latent_shape if len(latent_shape) == 4 else (math.prod(latent_shape),)
-        x0 = torch.randn((1, *shape), generator=random).to(device)
-        velocity = self._velocity(c)
-        if self.cfg.guidance != 1.0:
-            velocity = flow.guided(velocity, self._velocity(torch.full_like(c, math.nan)), self.cfg.guidance)
-        return Draw(self.code.decode(flow.sample(velocity, x0, steps).cpu()), told)
-
-    def _velocity(self, told: Tensor) -> flow.Velocity:
-        def at(x: Tensor, t: Tensor) -> Tensor:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16"):
-                return self.network(x, t, told)
-
-        return at
-
-
 def _sizes(meta: dict[str, Any], key: str, axes: int, folder: Path) -> tuple[int, ...]:
     sizes = meta.get(key)
     if not isinstance(sizes, list) or len(sizes) != axes:
         raise ModelError(f"{folder}: a weights file names no {key} of {axes} axes; train or download the model again")
     return tuple(sizes)
-
-
-def _pick(known: Tensor, random: torch.Generator) -> dict[str, float]:
-    """The conditions of one training group, drawn at random: so spacings come out as often as they came in."""
-    row = known[int(torch.randint(len(known), (), generator=random))]
-    return dict(zip(CONDITIONS, row.tolist(), strict=True))
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

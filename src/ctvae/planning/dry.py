@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ctvae.checkpoint import EMA
+from ctvae.conditions import BUILT_IN
 from ctvae.config import Config, Prior, Size3, Training, Wavelet3D
 from ctvae.device import generator
 from ctvae.latents import LatentCode, LatentSet
@@ -28,7 +29,6 @@ from ctvae.models.wavelet3d import Wavelet3DVAE, halo
 from ctvae.planning.ledger import Ledger, dry_run, tensor_bytes, to_channels_last
 from ctvae.planning.workspace import Kernels
 from ctvae.training.autoencoder import VALIDATION_GROUPS, Objective
-from ctvae.training.groups import CONDITIONS
 from ctvae.training.optimizer import build_optimizer
 from ctvae.training.polish import DecoderObjective, DiscriminatorObjective, Pair, build_judge
 from ctvae.training.prior import Conditioning, FlowObjective, build_velocity, fit_wiener, flow_batches
@@ -190,7 +190,7 @@ def prior(cfg: Config, groups: int, kernels: Kernels) -> dict[str, int]:
         wiener = fit_wiener(cfg.prior, code, latents)
         phases["fitting"] = max(ledger.since(), stored + groups * math.prod(latent_shape) * SVD_COPIES * FLOAT32)
         batches = flow_batches(cfg, code, Conditioning.fit(latents.conditions))
-        network = build_velocity(cfg.prior, latent_shape, len(CONDITIONS), wiener)
+        network = build_velocity(cfg.prior, latent_shape, len(BUILT_IN), wiener)
         phases["flow"] = _flow_step("flow", network, lambda: batches(latents, 0), cfg.prior, ledger)
     return phases
 
@@ -324,7 +324,7 @@ def _encoding_groups(cfg: Config, kernels: Kernels) -> int:
 
 def _latents(count: int, latent_shape: tuple[int, ...]) -> LatentSet:
     means, logvars = (torch.empty(count, *latent_shape, dtype=torch.float16) for _ in range(2))
-    return LatentSet(means, logvars, torch.empty(count, len(CONDITIONS)), [""] * count)
+    return LatentSet(means, logvars, torch.empty(count, len(BUILT_IN)), [""] * count, BUILT_IN)
 
 
 def _flow_step(name: str, network: nn.Module, batch: Callable, settings: Prior, ledger: Ledger) -> int:

@@ -23,7 +23,6 @@ from ctvae.volume import Volume, block_affine
 BODY_HU = -300.0
 ANYWHERE = 0.1  # share of patches that lie anywhere in the volume
 BODY_STEP = 4  # voxels between the places where a patch may be centred
-CONDITIONS = ("position", "pixel_mm", "slice_mm")
 
 
 def training_shape(dataset: Dataset, cfg: Config) -> Size3:
@@ -36,12 +35,6 @@ def training_shape(dataset: Dataset, cfg: Config) -> Size3:
         raise InputError(f"{dataset.folder}: no training groups; prepare more scans")
     largest = cfg.data.shape or tuple(max(sizes) for sizes in zip(*(g.shape for g in groups), strict=True))
     return intensity.multiple_above(largest, cfg.model.grid)
-
-
-def conditions(group: Group, zoom: float = 1.0) -> list[float]:
-    """What the prior may be told about a group, magnified in plane by `zoom`, in the order of CONDITIONS."""
-    x_mm, _, z_mm = group.spacing_mm
-    return [group.position, x_mm / zoom, z_mm]
 
 
 class TrainingGroups:

@@ -13,12 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ctvae.conditions import BUILT_IN
 from ctvae.config import Config, Training
 from ctvae.device import generator, make_fabric, place
 from ctvae.latents import LatentCode, LatentSet
 from ctvae.models import build
 from ctvae.training.autoencoder import Objective
-from ctvae.training.groups import CONDITIONS
 from ctvae.training.optimizer import build_optimizer
 from ctvae.training.prior import Conditioning, FlowObjective, build_velocity, fit_wiener, flow_batches, to_device
 
@@ -63,10 +63,10 @@ def prior_step_seconds(cfg: Config) -> float:
     shape = tuple(build(cfg.model, cfg.data.shape).latent_shape)
     means, logvars = torch.randn(FEW_LATENTS, *shape), torch.full((FEW_LATENTS, *shape), -6.0)
     groups = [str(number) for number in range(FEW_LATENTS)]
-    latents = LatentSet(means.half(), logvars.half(), torch.rand(FEW_LATENTS, len(CONDITIONS)), groups)
+    latents = LatentSet(means.half(), logvars.half(), torch.rand(FEW_LATENTS, len(BUILT_IN)), groups)
     code = LatentCode.fit(latents)
     batch = flow_batches(cfg, code, Conditioning.fit(latents.conditions))(latents, 0)
-    network = build_velocity(cfg.prior, shape, len(CONDITIONS), fit_wiener(cfg.prior, code, latents))
+    network = build_velocity(cfg.prior, shape, len(BUILT_IN), fit_wiener(cfg.prior, code, latents))
     return _seconds(network, FlowObjective(network), cfg.prior, _flow_loss(batch))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ctvae import flow, priors
 from ctvae.checkpoint import EMA, save
+from ctvae.conditions import BUILT_IN, of_group, scan_mm
 from ctvae.config import Config, Prior
 from ctvae.device import generator, make_fabric, place
 from ctvae.latents import LatentCode, LatentSet
@@ -24,7 +25,7 @@ from ctvae.models.velocity import UNet, VectorNet, Velocity
 from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks
 from ctvae.runlog import Clock, Curve, Run
-from ctvae.training.groups import CONDITIONS, TrainingGroups, conditions
+from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
 from ctvae.training.tally import Tally
@@ -43,7 +44,10 @@ class Conditioning:
 
     @classmethod
     def fit(cls, values: Tensor) -> Conditioning:
-        return cls(values.mean(0), values.std(0, correction=0).clamp_min(LEAST_SPREAD))
+        """Over what is known; a condition that no group has is left as it is."""
+        mean = values.nanmean(0)
+        std = (values - mean).square().nanmean(0).sqrt().clamp_min(LEAST_SPREAD)
+        return cls(mean.nan_to_num(0.0), std.nan_to_num(1.0))
 
     def standard(self, values: Tensor) -> Tensor:
         return (values - self.mean) / self.std
@@ -96,14 +100,13 @@ def train_prior(run: Run, cfg: Config, latents: LatentSet, held_out: LatentSet |
     conditioning = Conditioning.fit(latents.conditions)
     shape = tuple(latents.means.shape[1:])
     torch.manual_seed(cfg.seed)
-    network = build_velocity(cfg.prior, shape, len(CONDITIONS), fit_wiener(cfg.prior, code, latents))
+    network = build_velocity(cfg.prior, shape, len(latents.names), fit_wiener(cfg.prior, code, latents))
     data = Data(latents, held_out, flow_batches(cfg, code, conditioning, ranks))
     figures = train_flow(run, cfg, network, data, ranks)
     tensors = {f"flow.{key}": value for key, value in network.state_dict().items()}
     tensors |= {f"code.{key}": value for key, value in code.tensors.items()}
-    tensors |= {"conditions.mean": conditioning.mean, "conditions.std": conditioning.std}
-    tensors["conditions.known"] = latents.plain().conditions
-    save(run.folder / "prior-flow.safetensors", tensors, {"latent_shape": shape, "conditions": CONDITIONS, **figures})
+    tensors |= {"conditions.mean": conditioning.mean, "conditions.std": conditioning.std, **latents.plain().known()}
+    save(run.folder / "prior-flow.safetensors", tensors, {"latent_shape": shape, "conditions": latents.names, **figures})
     run.finish_stage("prior", **figures)
     run.checkpoints("flow").clear()
 
@@ -116,8 +119,7 @@ def fit_closed_form(run: Run, latents: LatentSet) -> None:
         if not path.exists():
             fitted = kind.fit(means, variances)
             tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in fitted.tensors().items()}
-            tensors["conditions.known"] = latents.conditions
-            save(path, tensors, {"latent_shape": means.shape[1:]})
+            save(path, {**tensors, **latents.known()}, {"latent_shape": means.shape[1:], "conditions": latents.names})
 
 
 BatchMaker = Callable[[LatentSet, int], Batch]
@@ -250,7 +252,8 @@ def encode_groups(
                 mean, logvar = network.encode(x[None].to(device))
             means.append(ranks.gathered(mean.half()).cpu())  # [world ...]
             logvars.append(ranks.gathered(logvar.half()).cpu())
-            told.append(ranks.gathered(torch.tensor([conditions(groups.groups[index], zoom)], device=device)).cpu())
+            told.append(ranks.gathered(torch.tensor([of_group(groups.groups[index], zoom)], device=device)).cpu())
             bar.update(min(position + ranks.world, count))
-    ids = [group.id for group in groups.groups for _ in range(cfg.encodings)]
-    return LatentSet(torch.cat(means)[:count], torch.cat(logvars)[:count], torch.cat(told)[:count], ids)
+    encoded = [group for group in groups.groups for _ in range(cfg.encodings)]
+    ids, scans_mm = [group.id for group in encoded], torch.tensor([scan_mm(group) for group in encoded])
+    return LatentSet(torch.cat(means)[:count], torch.cat(logvars)[:count], torch.cat(told)[:count], ids, BUILT_IN, scans_mm)

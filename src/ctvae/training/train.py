@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ctvae.checkpoint import load
+from ctvae.conditions import Columns, read_columns
 from ctvae.config import Config, validated
 from ctvae.dataset import Dataset
 from ctvae.device import deterministic
@@ -27,6 +28,7 @@ from ctvae.training.polish import polish_decoder
 from ctvae.training.prior import encode_groups, train_prior
 from ctvae.training.settings import HOURS_KEYS, Asked, Settled, chosen, refuse_uneven, settle, smaller, with_hours
 
+CONDITIONS_FILE = "conditions.json"  # in the run folder: a user's columns by group
 STAGES = ("autoencoder", "prior", "both")
 
 
@@ -41,13 +43,16 @@ def train(
     plan: Path | str | None = None,
     memory_gb: float | None = None,
     hours: float | None = None,
+    conditions: Path | str | None = None,
 ) -> Path:
     """Train `method`'s autoencoder and then its priors on a prepared dataset; the same call again resumes.
 
     `minutes` is shared between the stages and ends them early; without it each runs its recipe's steps. `hours` ends them
     too, and sets the steps to fill that time, from what one takes here. `method` none: what the run folder says, else
     wavelet3d. `plan` is a plan.yaml; `memory_gb` plans for that much. By default the machine's memory is looked at, and
-    what was asked is changed only where it does not fit. Processes that torchrun started train together (docs/scaling.md).
+    what was asked is changed only where it does not fit. `conditions` is a CSV with a row per scan or patient (columns `scan` or
+    `patient`) whose other columns the flow is told, all or those of `prior.columns`; `generate` can ask for their values.
+    Processes that torchrun started train together (docs/scaling.md).
     Returns the run folder.
 
     Raises InputError, ConfigError, ModelError, DoesNotFit or TrainingDiverged.
@@ -60,10 +65,12 @@ def train(
         settled = _as_the_first(ranks, lambda: _settled(data, folder, asked, stage, minutes, hours))
         if ranks.first:
             replanned = plan is not None or memory_gb is not None
-            Run.create_or_resume(folder, settled.cfg, data.fingerprint, settled.planned, replanned)
+            run = Run.create_or_resume(folder, settled.cfg, data.fingerprint, settled.planned, replanned)
+            _columns(run, data, settled.cfg, conditions)  # into the run folder
         ranks.barrier()
+        columns = _columns(Run(folder), data, settled.cfg, None)
         with deterministic(settled.cfg.deterministic):
-            _Stages(Run(folder), data, asked, settled, ranks).train(stage)
+            _Stages(Run(folder), data, asked, settled, columns, ranks).train(stage)
     return folder
 
 
@@ -98,8 +105,8 @@ def _as_the_first(ranks: Ranks, settle: Callable[[], Settled]) -> Settled:
 class _Stages:
     """The stages of a run, each done again with a smaller plan where its memory runs out."""
 
-    def __init__(self, run: Run, data: Dataset, asked: Asked, settled: Settled, ranks: Ranks):
-        self.run, self.data, self.asked, self.settled, self.ranks = run, data, asked, settled, ranks
+    def __init__(self, run: Run, data: Dataset, asked: Asked, settled: Settled, columns: Columns, ranks: Ranks):
+        self.run, self.data, self.asked, self.settled, self.columns, self.ranks = run, data, asked, settled, columns, ranks
 
     def train(self, stage: str) -> None:
         if stage != "prior":
@@ -125,7 +132,9 @@ class _Stages:
         return training, validation
 
     def _prior(self, cfg: Config) -> None:
-        train_prior(self.run, cfg, *_latents(self.run, self.data, cfg, self.ranks), self.ranks)
+        training, validation = _latents(self.run, self.data, cfg, self.ranks)
+        held_out = validation and validation.with_columns(self.columns)
+        train_prior(self.run, cfg, training.with_columns(self.columns), held_out, self.ranks)
 
     def _smaller(self, stage: str, _: Config, step: int) -> Config | None:
         """Settings for less memory, written to the run folder."""
@@ -141,6 +150,23 @@ class _Stages:
         self.settled = less
         self.run.replan(less.cfg, less.planned)
         return less.cfg
+
+
+def _columns(run: Run, data: Dataset, cfg: Config, table: Path | str | None) -> Columns:
+    """The user's columns, from `table` or from the run folder, where they are kept. Raises InputError or ConfigError."""
+    path = run.folder / CONDITIONS_FILE
+    if table is None:
+        if cfg.prior.columns and not path.exists():
+            raise ConfigError("prior.columns: names columns of a table; give it with --conditions")
+        return Columns.load(path) if path.exists() else Columns()
+    columns, notes = read_columns(table, [*data.groups("train"), *data.groups("validation")], cfg.prior.columns)
+    begun = run.stage_done("prior") or bool(run.checkpoints("flow").paths())
+    if begun and not (path.exists() and columns.same_as(Columns.load(path))):
+        raise ConfigError(f"{run.folder}: its prior was begun with other conditions than {table}; choose another --out")
+    for note in notes:
+        say(note)
+    columns.save(path)
+    return columns
 
 
 def _refuse_nonsense(stage: str, minutes: float | None, hours: float | None) -> None:

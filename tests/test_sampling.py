@@ -1,0 +1,162 @@
+"""The flow in use: volumes of any number of slices, and prior files from before conditions had names."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from ctvae import __main__, checkpoint, flow, nifti, slabs
+from ctvae.errors import ConfigError, CtvaeError, InputError
+from ctvae.generate import generate, load, sidecar
+from ctvae.models.velocity import Velocity
+from ctvae.sampling import Sampling, refuse
+
+SHAPE = (64, 32, 32)  # of the tiny run's groups; a latent slice is four of an image
+
+
+def refused(error: type[Exception], call, *arguments, **options) -> str:
+    with pytest.raises(error) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run):
+    return load(tiny_run)
+
+
+@pytest.fixture
+def told(monkeypatch) -> list[torch.Tensor]:
+    """Every set of conditions that the network is told, and the shape that it is shown."""
+    seen = []
+    forward = Velocity.forward
+
+    def watched(self, x, t, c):
+        assert x.shape[2:] == (16, 8, 8), "the network sees slabs of the size that it was trained on"
+        seen.append(c)
+        return forward(self, x, t, c)
+
+    monkeypatch.setattr(Velocity, "forward", watched)
+    return seen
+
+
+def test_as_many_slices_as_a_group_is_the_group(model):
+    plain = model.generate(seed=4, index=2).volume
+    same = model.generate(seed=4, index=2, slices=64).volume
+    np.testing.assert_array_equal(same.hu, plain.hu)
+    fewer = model.generate(seed=4, index=2, slices=21)
+    np.testing.assert_array_equal(fewer.volume.hu, plain.hu[21:42])
+    assert fewer.provenance["slices"] == 21
+    middle = fewer.volume.affine @ [15.5, 15.5, 10, 1]
+    np.testing.assert_allclose(middle[:3], 0, atol=1e-3)
+
+
+def test_a_longer_volume_is_one(model, tiny_run, tmp_path, told):
+    """107 slices: 27 latent ones, of which a slice in the image is cut off, in slabs of 16 every 4."""
+    path = generate(tiny_run, tmp_path, count=1, seed=3, slices=107)[0]
+    volume, facts = nifti.read(path)[0], json.loads(sidecar(path).read_text())
+    assert volume.shape == (107, 32, 32)
+    starts = slabs.covering(27, 16)
+    assert (facts["slices"], len(facts["positions"])) == (107, len(starts))
+    assert len(told) == len(starts) * flow.evaluations("heun", 2) * 2  # with and without the conditions, for guidance
+    assert model.generate(seed=3, slices=107).provenance == facts
+    generate(tiny_run, tmp_path, count=1, seed=3, slices=107)
+    assert "--slices" in refused(InputError, generate, tiny_run, tmp_path, count=1, seed=3, slices=108)
+
+
+def test_slabs_differ_in_position_alone_and_share_one_noise(model, told):
+    draw = model.draw("flow", 3, 0, asked=Sampling(slices=107, guidance=1.0))
+    assert draw.latent.shape == (1, 2, 27, 8, 8)
+    again = model.draw("flow", 3, 0, asked=Sampling(slices=107, guidance=1.0)).latent
+    assert torch.equal(again, draw.latent)
+    first = torch.cat(told[: len(draw.positions)])  # [slabs K]
+    assert (first[:, 1:] == first[:1, 1:]).all()
+    mean, std = (checkpoint.load(model.folder / "prior-flow.safetensors")[0][f"conditions.{name}"][0] for name in ("mean", "std"))
+    torch.testing.assert_close(first[:, 0], (torch.tensor(draw.positions) - mean) / std)
+
+
+def test_positions_follow_the_scans_length_in_mm(model):
+    """A group of 64 slices at 0.5 of a scan of 200 mm with slices of 1 mm, twelve latent slices longer than the group."""
+    prior = model._flow
+    rows = prior.known.rows.clone()
+    rows[:, 0] = torch.linspace(0.16, 0.84, len(rows))
+    wide = type(prior.known)(prior.known.names, rows, prior.known.scan_mm)
+    prior = type(prior)(prior.code, prior.network, prior.conditioning, wide, prior.cfg, prior.shape)
+    one = wide.pick(torch.Generator().manual_seed(0), {}).having("slice_mm", 1.0).having("position", 0.5)
+    one = type(one)(one.names, one.values, 200.0)
+    starts = slabs.covering(28, 16)
+    assert prior.positions(one, starts, 16, 28) == pytest.approx([0.5 + (start - 6) * 4 / 200 for start in starts])
+    low = prior.positions(one.having("position", 0.2), starts, 16, 28)
+    assert low[0] == pytest.approx(0.16), "a slab's middle is 32 mm or more from the scan's end"
+    assert np.diff(low) == pytest.approx([0.08] * 3)
+    whole = prior.positions(one, slabs.covering(60, 16), 16, 60)  # 240 mm: longer than the scan, so all of one
+    assert (whole[0], whole[-1]) == pytest.approx((0.16, 0.84))
+    assert np.diff(whole) == pytest.approx([0.68 / 11] * 11)
+
+
+def test_solver_guidance_and_steps_are_what_is_asked(tiny_run, model, tmp_path, told):
+    path = generate(tiny_run, tmp_path, count=1, steps=3, solver="ab2", guidance=1.0)[0]
+    assert len(told) == 4
+    facts = json.loads(sidecar(path).read_text())
+    assert (facts["steps"], facts["solver"], facts["guidance"], facts["asked"]) == (3, "ab2", 1.0, {})
+    assert "--solver" in refused(InputError, generate, tiny_run, tmp_path, count=1, steps=3, guidance=1.0)
+    del facts["solver"], facts["guidance"], facts["asked"], facts["slices"]  # as sidecars were before they said so
+    sidecar(path).write_text(json.dumps({**facts, "steps": 2}))
+    generate(tiny_run, tmp_path, count=1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "said"),
+    [
+        ({"solver": "hein"}, ConfigError, "solver 'hein': no such, did you mean 'heun'?"),
+        ({"guidance": -1.0}, ConfigError, "guidance -1.0"),
+        ({"guidance": math.nan}, ConfigError, "guidance nan"),
+        ({"steps": 0}, ConfigError, "steps 0: at least 1"),
+        ({"slices": 1}, InputError, "slices 1: a volume has at least 2"),
+        ({"slices": 65, "prior": "normal"}, InputError, "up to 64, as the prior 'normal' draws single groups"),
+        ({"slices": 10**9}, InputError, "more than 2147483648 voxels"),
+        ({"conditions": {"position": 0.5}, "prior": "gaussian"}, InputError, "prior 'gaussian' knows no --condition"),
+        ({"conditions": {"pixel": 0.5}}, InputError, "did you mean 'pixel_mm'?"),
+    ],
+)
+def test_what_cannot_be_is_one_line(model, asked, error, said):
+    assert said in refused(error, model.generate, **asked)
+
+
+def test_vector_latents_are_one_group_long():
+    refuse(Sampling(slices=64), "flow", SHAPE, spatial=False)
+    assert "its latents are vectors" in refused(InputError, refuse, Sampling(slices=65), "flow", SHAPE, spatial=False)
+
+
+def test_the_command_line_says_so_in_one_line(tiny_run, tmp_path, capsys):
+    for wrong in (["--slices", "1"], ["--solver", "rk4"], ["--guidance", "-1"], ["--condition", "position=7"]):
+        assert __main__.run(["generate", str(tiny_run), "--out", str(tmp_path), *wrong]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prior_from_before_conditions_had_names_draws_the_same(tiny_run, tmp_path):
+    """Without the weights of the width, it is the network of today that is not told the width."""
+    new, old = (shutil.copytree(tiny_run, tmp_path / name) for name in ("new", "old"))
+    for folder, count in ((new, 4), (old, 3)):
+        path = folder / "prior-flow.safetensors"
+        tensors, meta = checkpoint.load(path)
+        tensors["conditions.known"][:, 3] = math.nan
+        if count == 3:
+            first = "flow.correction.embedding.condition.0.weight"  # [E 2K]: values, then which are given
+            tensors[first] = torch.cat((tensors[first][:, :3], tensors[first][:, 4:7]), dim=1)
+            tensors |= {f"conditions.{name}": tensors[f"conditions.{name}"][..., :3] for name in ("known", "mean", "std")}
+            del tensors["conditions.scan_mm"], meta["conditions"]
+        checkpoint.save(path, tensors, meta)
+    a, b = (load(folder).draw("flow", 5, 1) for folder in (new, old))
+    torch.testing.assert_close(a.latent, b.latent)
+    assert a.conditions == b.conditions
+    assert list(b.conditions) == ["position", "pixel_mm", "slice_mm"]
+    assert load(old).generate(seed=5, slices=90).volume.shape == (90, 32, 32)
+    assert "knows: pixel_mm, position, slice_mm)" in refused(CtvaeError, load(old).generate, conditions={"width_mm": 300})
