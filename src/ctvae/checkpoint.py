@@ -146,6 +146,37 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+class Best:
+    """The weights with the best score so far, in a file, so that a resumed run knows them.
+
+    Later weights are taken as long as their score is within `slack` of the best one's: what differs by less is noise.
+    """
+
+    def __init__(self, path: Path, slack: float = 0.0):
+        self.path, self.slack = path, slack
+
+    def offer(self, score: float, weights: dict[str, Tensor], meta: dict[str, Any]) -> bool:
+        """Whether these weights, described by `meta`, are now the kept ones. A score that is not finite never is."""
+        highest = self.meta().get("highest", -math.inf)
+        if not math.isfinite(score) or score < highest - self.slack:
+            return False
+        save(self.path, weights, {**meta, "score": score, "highest": max(score, highest)})
+        return True
+
+    def meta(self) -> dict[str, Any]:
+        """Of the kept weights; nothing where there are none."""
+        return load(self.path)[1] if self.path.exists() else {}
+
+    def load_into(self, module: nn.Module, otherwise: dict[str, Tensor]) -> dict[str, Any]:
+        """Gives `module` the kept weights, or `otherwise`, and returns their meta."""
+        module.load_state_dict(load(self.path)[0] if self.path.exists() else otherwise)
+        return self.meta()
+
+    def clear(self) -> None:
+        if is_first():
+            self.path.unlink(missing_ok=True)
+
+
 class Checkpoints:
     """The training state of one network: model, EMA and optimiser (with an adversary, both optimisers); the last two are kept."""
 

@@ -13,14 +13,11 @@ Shapes:  B batch   D H W voxels   Z latent channels
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from ctvae import losses
-from ctvae.checkpoint import EMA, load, save
+from ctvae.checkpoint import EMA, Best
 from ctvae.config import Config, Polish
 from ctvae.device import generator, make_fabric, place
 from ctvae.models.autoencoder import Autoencoder
@@ -85,33 +82,6 @@ def noisy_latents(network: Autoencoder, x: Tensor, noise: float, random: torch.G
         return mean + sigma * ranks.normal(mean.shape, random).to(mean.device)
 
 
-class Best:
-    """The weights with the highest held-out score so far, in a file, so that a resumed run knows them."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def offer(self, step: int, held_out: HeldOut, weights: dict[str, Tensor]) -> None:
-        score = held_out.psnr_db - held_out.detail_gap_db
-        if math.isfinite(score) and score >= self._score():
-            save(self.path, weights, {"step": step, "score": score, **held_out._asdict()})
-
-    def load_into(self, module: nn.Module, otherwise: dict[str, Tensor]) -> tuple[int, HeldOut]:
-        """The step and figures of what was loaded; (0, NaNs) for `otherwise`, where nothing was held out."""
-        if not self.path.exists():
-            module.load_state_dict(otherwise)
-            return 0, HeldOut()
-        tensors, meta = load(self.path)
-        module.load_state_dict(tensors)
-        return meta["step"], HeldOut(meta["psnr_db"], meta["detail_gap_db"])
-
-    def clear(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-    def _score(self) -> float:
-        return load(self.path)[1]["score"] if self.path.exists() else -math.inf
-
-
 def gradient_norm(network: nn.Module) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
@@ -173,7 +143,8 @@ def polish_decoder(
             if step > start and (last or step % settings.save_every == 0):
                 with ema.applied_to(pair):
                     held_out = validate(network, validation, run, cfg, "polish")
-                best.offer(step, held_out, ema.weights)  # before the checkpoint: a kill in between only does it again
+                score = held_out.psnr_db - held_out.detail_gap_db
+                best.offer(score, ema.weights, {"step": step, **held_out._asdict()})  # a kill before `keep` only does it again
                 if not tally.in_a_row:  # or these weights may be why
                     keep()
             if last:
@@ -207,9 +178,9 @@ def polish_decoder(
     curve.close()
     if not ranks.first:
         return
-    kept, reached = best.load_into(pair, otherwise=ema.weights)
-    figures = {f"validation_{name}": round(value, 3) for name, value in reached._asdict().items() if math.isfinite(value)}
-    figures |= {"best_step": kept} if figures else {}
+    kept = best.load_into(pair, otherwise=ema.weights)
+    figures = {f"validation_{name}": round(kept[name], 3) for name in HeldOut._fields if kept}
+    figures |= {"best_step": kept["step"]} if kept else {}
     save_autoencoder(run, cfg, network, training.shape, {**noted, "polish_steps": step, **figures})
     run.finish_stage("polish", steps=step, seconds=round(clock.seconds), skipped_steps=tally.skipped, **figures)
     checkpoints.clear()

@@ -6,8 +6,10 @@ Shapes:  B batch   Z latent channels   d h w latent voxels   K conditions
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ctvae import flow, priors
-from ctvae.checkpoint import EMA, save
+from ctvae.checkpoint import EMA, Best, save
 from ctvae.conditions import BUILT_IN, of_group, scan_mm
 from ctvae.config import Config, Prior
 from ctvae.device import generator, make_fabric, place
@@ -29,6 +31,7 @@ from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
 from ctvae.training.tally import Tally
+from ctvae.training.watch import FEWEST_HELD_OUT, MOST_COPIES, Seen, Watch
 from ctvae.wiener import WienerVelocity
 
 HELD_OUT_BATCHES = 4
@@ -100,8 +103,12 @@ def train_prior(run: Run, cfg: Config, latents: LatentSet, held_out: LatentSet |
     conditioning = Conditioning.fit(latents.conditions)
     shape = tuple(latents.means.shape[1:])
     torch.manual_seed(cfg.seed)
-    network = build_velocity(cfg.prior, shape, len(latents.names), fit_wiener(cfg.prior, code, latents))
-    data = Data(latents, held_out, flow_batches(cfg, code, conditioning, ranks))
+    wiener = fit_wiener(cfg.prior, code, latents)
+    network = build_velocity(cfg.prior, shape, len(latents.names), wiener)
+    watch = None
+    if held_out is not None and len(held_out) >= FEWEST_HELD_OUT and cfg.prior.looks:
+        watch = Watch(code, wiener, latents, held_out, conditioning.standard(held_out.conditions), cfg.seed)
+    data = Data(latents, held_out, flow_batches(cfg, code, conditioning, ranks), watch)
     figures = train_flow(run, cfg, network, data, ranks)
     tensors = {f"flow.{key}": value for key, value in network.state_dict().items()}
     tensors |= {f"code.{key}": value for key, value in code.tensors.items()}
@@ -130,6 +137,7 @@ class Data:
     training: LatentSet
     held_out: LatentSet | None
     batches: BatchMaker
+    watch: Watch | None = None
 
 
 def flow_batches(cfg: Config, code: LatentCode, conditioning: Conditioning, ranks: Ranks = ALONE) -> BatchMaker:
@@ -147,7 +155,11 @@ def flow_batches(cfg: Config, code: LatentCode, conditioning: Conditioning, rank
 
 
 def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ranks = ALONE) -> dict[str, float]:
-    """Fit the velocity network, leaving its averaged weights in it; returns its figures."""
+    """Fit the velocity network, leaving its averaged weights in it; returns its figures.
+
+    At `looks` moments samples are judged (`watch.py`). Training ends before its time when they have got clearly worse
+    `patience` times in a row, and the weights that are left are the last ones that were not.
+    """
     settings = cfg.prior
     fabric = make_fabric(settings.precision, ranks)
     place(network, fabric.device)
@@ -161,6 +173,8 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
     objective, fabric_optimizer = fabric.setup(FlowObjective(network, ranks), optimizer)
     tally = Tally(settings, ranks, meta)
     step, logged, held_out = start, start, math.nan
+    best = Best(run.folder / "checkpoints" / "flow-best.safetensors", data.watch.spread if data.watch else 0.0)
+    looked, seen = math.floor(clock.progress(start) * settings.looks), Seen()
 
     def keep() -> None:
         checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds, "skipped_steps": tally.skipped})
@@ -174,11 +188,17 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
             tally.check(step, run.folder, checkpoints, f"prior.lr={settings.lr / 3:.2g}")
             if step > logged and (last or step % settings.log_every == 0):
                 mean = tally.means()["loss"]
-                facts = {"held_out": held_out, "lr": optimizer.param_groups[0]["lr"], "skipped_steps": tally.skipped}
-                curve.log(step, {"loss": mean, **facts})
+                facts = {"held_out": held_out, "held_out_distance": seen.distance, "copies": seen.copies}
+                rest = {"lr": optimizer.param_groups[0]["lr"], "skipped_steps": tally.skipped}
+                curve.log(step, {"loss": mean, **facts, **rest})
                 bar.update(step, loss=mean, seconds_left=clock.seconds_left(step, start))
                 logged = step
             if step > start and (last or step % settings.save_every == 0):
+                if data.watch and math.floor(progress * settings.looks) > looked:
+                    looked = math.floor(progress * settings.looks)
+                    seen = look(data.watch, network, ema, settings.precision, ranks)
+                    best.offer(-seen.distance, ema.weights, {"look": looked, "step": step, **seen._asdict()})
+                    last |= ranks.told(partial(worse_for, best, looked)) >= settings.patience
                 if not tally.in_a_row:  # or these weights may be why
                     keep()
                 held_out = held_out_loss(network, ema, data, settings.precision, ranks)
@@ -201,13 +221,38 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
             step += 1
 
     curve.close()
-    network.load_state_dict(ema.weights)
+    kept = best.load_into(network, otherwise=ema.weights) if ranks.first else {}
+    best.clear()
     figures = {"flow_steps": step, "flow_seconds": round(clock.seconds), "flow_loss": round(mean_or_nan(held_out), 4)}
+    if kept:
+        figures |= {"best_step": kept["step"], **{name: round(kept[name], 4) for name in Seen._fields}}
     return {**figures, "skipped_steps": tally.skipped}
 
 
 def mean_or_nan(value: float) -> float:
     return value if math.isfinite(value) else -1.0
+
+
+def look(watch: Watch, network: nn.Module, ema: EMA, precision: str, ranks: Ranks) -> Seen:
+    """At samples of the averaged weights; of several processes the first one does."""
+
+    def first() -> list[float]:
+        with ema.applied_to(network):
+            seen = watch.look(network, precision)
+        if seen.copies > MOST_COPIES:
+            print(
+                f"warning: {seen.copies:.0%} of the samples come nearer to a training scan than held-out scans do: the "
+                "flow begins to learn scans by heart. More scans, more prior.encodings or a shorter training help",
+                file=sys.stderr,
+            )
+        return list(seen)
+
+    return Seen(*ranks.told(first))
+
+
+def worse_for(best: Best, looked: int) -> int:
+    """Looks in a row, up to number `looked`, that were clearly worse than the best."""
+    return looked - int(best.meta().get("look", looked))
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ Shapes:  N training groups   M held-out groups   S samples   P numbers per laten
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,14 @@ from ctvae.latents import LatentCode, LatentSet
 from ctvae.wiener import WienerVelocity
 
 SAMPLES = 48
+SPLITS = 20  # of the held-out groups into halves, whose distances show what is noise
+MOST_COPIES = 0.02  # share of samples; more is worth a warning
 SOLVER_STEPS = 8  # Heun's; the same error at every moment, so it does not decide between them
 CLOSEST_SHARE = 0.01
 FEWEST_HELD_OUT = 8  # groups, for either figure to mean anything
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """What one look found."""
 
     distance: float = math.nan  # kernel distance of samples from held-out groups, 0 for one source
@@ -52,6 +53,7 @@ class Watch:
         fresh = code.encode(held_out.posterior_sample(list(range(len(held_out))), random))
         self.held_out, self.shape = fresh.flatten(1), fresh.shape[1:]  # [M P]
         self.nearest = nearest(self.held_out, self.known)  # [M]
+        self.spread = self._spread(generator(seed, 1, stream=17))
         chosen = torch.arange(SAMPLES) % len(told)
         self.told = told[chosen]  # [S K]
         self.noise = torch.randn((SAMPLES, *self.shape), generator=random)
@@ -64,6 +66,15 @@ class Watch:
             for noise, told in zip(self.noise.split(batch), self.told.to(device).split(batch), strict=True):
                 drawn.append(flow.sample(partial(network, c=told), noise.to(device), SOLVER_STEPS).float().cpu())
         return self._judged(torch.cat(drawn).flatten(1))
+
+    def _spread(self, random: torch.Generator) -> float:
+        """Standard deviation of the distance between halves of the held-out groups."""
+        rows = coordinates(self.held_out, self.wiener).double()
+        if not rows.shape[1]:
+            return math.nan
+        orders = [torch.randperm(len(rows), generator=random) for _ in range(SPLITS)]
+        halves = [rows[order].tensor_split(2) for order in orders]
+        return torch.tensor([kernel_distance(a.numpy(), b.numpy()) for a, b in halves]).std().item()
 
     def _judged(self, samples: Tensor) -> Seen:  # [S P]
         ours, real = (coordinates(rows, self.wiener).double().numpy() for rows in (samples, self.held_out))
