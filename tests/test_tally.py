@@ -141,6 +141,21 @@ def test_a_run_that_left_a_step_out_resumes_bit_equal(tiny_dataset, tiny_setting
     assert json.loads((run / "run.json").read_text())["stages"]["autoencoder"]["skipped_steps"] == 1
 
 
+def test_statistics_of_a_step_left_out_are_left_out(tiny_dataset, tmp_path, monkeypatch):
+    """BatchNorm's running means see the volumes before the loss does."""
+    plain = TrainingGroups.batch
+    monkeypatch.setattr(
+        TrainingGroups, "batch", lambda self, batch, seed, step: plain(self, batch, seed, step) * (math.nan if step == 1 else 1)
+    )
+    small = ["model.widths=[2,4,4,8,8,8]", "model.latent_size=8", "autoencoder.steps=3", "autoencoder.log_every=1"]
+    small += ["autoencoder.save_every=1", "autoencoder.precision=fp32"]
+    run = train(tiny_dataset, tmp_path, method="conv3d", stage="autoencoder", overrides=small)
+    written, _ = load(run / "autoencoder.safetensors")
+    assert any("running_mean" in name for name in written)
+    assert all(value.isfinite().all() for value in written.values())
+    assert json.loads((run / "run.json").read_text())["stages"]["autoencoder"]["skipped_steps"] == 1
+
+
 def test_every_loop_leaves_out_and_ends(tiny_dataset, tiny_settings, tmp_path, monkeypatch):
     quick = [*tiny_settings, *STEPWISE, *(f"{stage}.max_skipped=2" for stage in ("autoencoder", "polish", "prior"))]
     run = tmp_path / "run"
