@@ -137,7 +137,8 @@ def test_a_run_that_left_a_step_out_resumes_bit_equal(tiny_dataset, tiny_setting
     run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=quick)
     one, other = (load(folder / "autoencoder.safetensors")[0] for folder in (whole, run))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
-    assert rows(run, "autoencoder") == rows(whole, "autoencoder")
+    for name in ("step", "loss", "skipped_steps"):
+        assert [row[name] for row in rows(run, "autoencoder")] == [row[name] for row in rows(whole, "autoencoder")]
     assert json.loads((run / "run.json").read_text())["stages"]["autoencoder"]["skipped_steps"] == 1
 
 
