@@ -9,15 +9,19 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from ctvae import __main__, checkpoint, ranks
 from ctvae.config import Data, Training, load_recipe
 from ctvae.dataset import Dataset
-from ctvae.device import batch_indices, generator
+from ctvae.device import batch_indices, generator, make_fabric
 from ctvae.errors import ConfigError
 from ctvae.latents import LatentCode, LatentSet
 from ctvae.progress import Progress
@@ -219,6 +223,36 @@ def test_two_processes_agree():
         processes.append(subprocess.Popen(command, env=told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     answers = [process.communicate(timeout=250) for process in processes]
     assert [out for out, _ in answers] == ["agreed\n"] * 2, answers
+
+
+def test_the_address_of_a_dead_process_is_not_believed(monkeypatch):
+    """torchrun's store still names a port where nobody listens; the second process waits for the first one's."""
+    board = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    with socket.socket() as dead:
+        dead.bind(("localhost", 0))
+        board.set("ctvae", str(dead.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(board.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(ranks, "CONNECTING", timedelta(seconds=1))
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(ranks._fresh_store, Ranks(1, 2, 1, 2))
+        time.sleep(1.5)
+        assert not second.done()
+        first = ranks._fresh_store(Ranks(0, 2, 0, 2))
+        first.set("said", "hello")
+        assert second.result(60).get("said") == b"hello"
+
+
+def test_one_of_several_may_train_alone(second_of_two):
+    """As the first does to measure a step: torchrun's environment is there, and nobody else takes part."""
+    fabric, network = make_fabric("fp32"), torch.nn.Linear(2, 1)
+    run, optimizer = fabric.setup(network, torch.optim.SGD(network.parameters(), lr=1.0))
+    fabric.backward(run(torch.ones(1, 2, device=fabric.device)).sum())
+    before = network.bias.item()
+    optimizer.step()
+    assert network.bias.item() == pytest.approx(before - 1.0)
+    assert not torch.distributed.is_initialized()
 
 
 def test_more_processes_than_cards_are_refused(second_of_two, monkeypatch):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Literal
+from inspect import signature
+from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ctvae.ranks import ALONE, Ranks
 
@@ -25,7 +28,11 @@ def make_fabric(precision: Literal["bf16", "fp32"] = "bf16", ranks: Ranks = ALON
     if ranks.world == 1:
         return Fabric(accelerator="auto", devices=1, precision=autocast)
     machines = ranks.world // ranks.local_world
-    strategy = DDPStrategy(broadcast_buffers=False)  # the Wiener filter is large and never changes
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1x1 kernels: the order is the same
+    known = signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # PyTorch renamed it
+    buffers_stay: dict[str, Any] = {name: False}  # the Wiener filter is large and never changes
+    strategy = DDPStrategy(**buffers_stay)
     fabric = Fabric(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=ranks.local_world,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from ctvae.errors import ConfigError, InputError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.distributed import Store
 
+CONNECTING = timedelta(seconds=5)
 PATIENCE = timedelta(hours=2)  # for another process; one that died is noticed at once, by torchrun
 Said = TypeVar("Said")  # what JSON can say
 
@@ -129,6 +132,34 @@ def is_first() -> bool:
     return here().first
 
 
+def _fresh_store(ranks: Ranks) -> Store:
+    """Where the processes find each other's addresses, made by the first one, so that it ends with it.
+
+    torchrun's own store outlives the workers: after a restart they would read the addresses of the dead (pytorch issue 135712).
+    So it only says where the new one is, and who reads there of a dead one is refused, and reads again.
+    """
+    from torch.distributed import DistError, TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return TCPStore(host, port, ranks.world, is_master=ranks.first, timeout=PATIENCE)
+    board = TCPStore(host, port, is_master=False, timeout=PATIENCE)
+    if ranks.first:
+        store = TCPStore(host, 0, ranks.world, is_master=True, wait_for_workers=False, timeout=PATIENCE)
+        board.set("ctvae", str(store.port))
+        return store
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while True:
+        try:
+            store = TCPStore(host, int(board.get("ctvae")), is_master=False, timeout=CONNECTING)
+        except DistError:
+            if time.monotonic() > deadline:
+                raise
+            continue
+        store.set_timeout(PATIENCE)
+        return store
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The processes, able to talk to each other inside the block; each with a card of its own where there are cards.
@@ -149,6 +180,9 @@ def joined() -> Iterator[Ranks]:
                 f"say --nproc-per-node {torch.cuda.device_count()}"
             )
         torch.cuda.set_device(ranks.local)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=_fresh_store(ranks), rank=ranks.rank, world_size=ranks.world, timeout=PATIENCE,
+    )  # fmt: skip
     yield ranks  # what fails in the block ends this process, and torchrun the others: no goodbye is said then
     distributed.destroy_process_group()

@@ -131,6 +131,7 @@ def train_autoencoder(
             optimizer.param_groups[0]["lr"] = clock.lr(step, progress)
             fabric_optimizer.zero_grad(set_to_none=True)
             losses_of_step: dict[str, Tensor] = {}
+            statistics = [buffer.clone() for buffer in network.buffers()]  # conv3d's BatchNorm keeps some, step by step
             for part in range(step * settings.accumulate, (step + 1) * settings.accumulate):
                 x = fabric.to_device(training.batch(settings.batch, cfg.seed, part))  # [B 1 D H W]
                 terms = objective(x, generator(cfg.seed, part))
@@ -141,6 +142,9 @@ def train_autoencoder(
             if tally.take(losses_of_step, norm):
                 fabric_optimizer.step()
                 ema.update(network, step)
+            else:
+                for buffer, before in zip(network.buffers(), statistics, strict=True):
+                    buffer.copy_(before)
             step += 1
 
     curve.close()
