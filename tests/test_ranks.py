@@ -190,6 +190,8 @@ TALK = """
 import torch
 from ctvae.errors import InputError
 from ctvae.ranks import joined
+def refuse():
+    raise InputError("no such folder")
 with joined() as ranks:
     r = ranks.rank
     assert ranks.world == 2
@@ -207,6 +209,14 @@ with joined() as ranks:
     else:
         raise AssertionError("not noticed")
     ranks.barrier()
+    try:
+        ranks.told(refuse)
+    except InputError as error:
+        assert r == 0 and str(error) == "no such folder"
+    except SystemExit as end:
+        assert r == 1 and end.code == 2
+    else:
+        raise AssertionError("not refused")
 print("agreed")
 """
 

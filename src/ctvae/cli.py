@@ -10,9 +10,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ctvae.errors import ConfigError
-from ctvae.ranks import here, is_first
-
 app = typer.Typer(
     help="From a folder of CT scans to a model that generates synthetic 3D CT scans.\n\n"
     "scans --prepare--> dataset --train--> run --generate--> synthetic scans --evaluate--> report",
@@ -52,8 +49,10 @@ def ctvae(
         typer.echo(f"ctvae {__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
-    elif here().world > 1 and context.invoked_subcommand not in SHARED:
-        raise ConfigError(f"{context.invoked_subcommand} is not shared out; start it without torchrun")
+    elif context.invoked_subcommand not in SHARED:
+        from ctvae.ranks import refuse_several
+
+        refuse_several(context.invoked_subcommand)
 
 
 @app.command()
@@ -142,6 +141,7 @@ def train(
     Example: ctvae train dataset --out run --minutes 60
     """
     from ctvae.planning.sizes import parse_memory
+    from ctvae.ranks import is_first
     from ctvae.training.train import train
 
     run = train(
@@ -245,6 +245,7 @@ def generate(
     Example: ctvae generate run --out synthetic -n 16 --seed 100
     """
     from ctvae.generate import generate
+    from ctvae.ranks import is_first
 
     paths = generate(
         model, out, count=count, seed=seed, prior=prior, steps=steps, overwrite=overwrite, solver=solver, guidance=guidance,

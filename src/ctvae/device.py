@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from inspect import signature
 from typing import Any, Literal
 
@@ -75,13 +74,11 @@ def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
 
 def batch_indices(count: int, batch: int, seed: int, step: int) -> list[int]:
     """The items of step `step` when `count` items are shuffled anew each epoch: a function of (seed, step) alone."""
-    indices = []
+    indices: list[int] = []
+    orders: dict[int, Tensor] = {}
     for position in range(step * batch, (step + 1) * batch):
         epoch, place = divmod(position, count)
-        indices.append(int(_order(count, seed, epoch)[place]))
+        if epoch not in orders:
+            orders[epoch] = torch.randperm(count, generator=generator(seed, epoch, stream=7))
+        indices.append(int(orders[epoch][place]))
     return indices
-
-
-@lru_cache(maxsize=4)
-def _order(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=generator(seed, epoch, stream=7))

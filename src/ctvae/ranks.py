@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from ctvae.errors import ConfigError, InputError
+from ctvae.errors import ConfigError, CtvaeError, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -85,16 +85,27 @@ class Ranks:
         return bool(self.mean(flag.float()) > 0)
 
     def told(self, say: Callable[[], Said]) -> Said:
-        """What `say` returns on the first process, the only one that calls it. Travels as JSON."""
+        """What `say` returns on the first process, the only one that calls it. Travels as JSON.
+
+        Where it raises CtvaeError there, the others leave without a word.
+        """
         if self.world == 1:
             return say()
         import torch
         from torch import distributed
 
-        text = json.dumps(say()).encode() if self.first else b""
+        failure: CtvaeError | None = None
+        text = b""
+        if self.first:
+            try:
+                text = json.dumps(say()).encode()
+            except CtvaeError as error:
+                failure = error
         length = torch.tensor([len(text)])
         distributed.broadcast(length, 0)
-        letters = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(int(length), dtype=torch.uint8)
+        if not length:
+            raise failure or SystemExit(2)
+        letters = torch.tensor(list(text), dtype=torch.uint8) if text else torch.empty(int(length), dtype=torch.uint8)
         distributed.broadcast(letters, 0)
         return json.loads(bytes(letters.tolist()))  # type: ignore[no-any-return]
 
@@ -158,6 +169,12 @@ def _fresh_store(ranks: Ranks) -> Store:
             continue
         store.set_timeout(PATIENCE)
         return store
+
+
+def refuse_several(verb: str) -> None:
+    """Raises ConfigError where torchrun started several processes of a command that is not shared out."""
+    if here().world > 1:
+        raise ConfigError(f"{verb} is not shared out; start it without torchrun")
 
 
 @contextmanager
