@@ -148,7 +148,7 @@ def test_the_priors_batch_is_halved(tiny_dataset, tiny_run, tiny_settings, tmp_p
     plain = prior.FlowObjective.forward
 
     def forward(self, batch, random):
-        if len(batch.x1) > 2:
+        if len(batch.mean) > 2:
             raise MemoryError
         return plain(self, batch, random)
 
