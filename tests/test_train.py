@@ -21,6 +21,7 @@ from ctvae.device import deterministic, generator
 from ctvae.errors import ConfigError, ModelError, TrainingDiverged
 from ctvae.latents import LatentCode, LatentSet
 from ctvae.model import open_model
+from ctvae.models import build
 from ctvae.training import autoencoder, polish, prior
 from ctvae.training.groups import TrainingGroups, in_plane, training_shape
 from ctvae.training.train import train
@@ -302,6 +303,18 @@ def dataset(tiny_dataset) -> Dataset:
 
 def groups_of(dataset: Dataset, **settings) -> TrainingGroups:
     return TrainingGroups(dataset, dataset.groups("train"), Data(**settings), SHAPE)
+
+
+def test_the_kl_warms_up():
+    cfg = load_recipe("wavelet3d", ["model.widths=[4,4,4]", "model.latent_channels=2", "autoencoder.kl_warmup=0.5"])
+    objective = autoencoder.Objective(build(cfg.model, (8, 8, 8)), cfg.autoencoder, cfg.data.window_hu)
+    x, weights = torch.zeros(1, 1, 8, 8, 8), []
+    for progress in (0.0, 0.25, 0.5, 1.0):
+        objective.warm(progress)
+        weights.append(objective(x, generator(0, 0))["kl"].item())
+    whole = weights[-1]
+    assert whole > 0
+    assert weights == pytest.approx([0, whole / 2, whole, whole])
 
 
 def test_batches_depend_on_seed_and_step_alone(dataset):

@@ -174,6 +174,7 @@ class AutoencoderTraining(Training):
     reconstruction: Literal["l1", "mse_sum"] = Field("l1", description="mean over voxels, or summed as in the cited nets")
     reconstruction_weight: float = Field(1.0, gt=0)
     kl_weight: float = Field(1e-6, ge=0, description="on the KL, averaged (l1) or summed (mse_sum) like the reconstruction")
+    kl_warmup: float = Field(0.0, ge=0, le=1, description="share of the training over which the KL's weight rises from 0")
     gradient_weight: float = Field(0.5, ge=0, description="L1 on finite differences along D, H, W")
     soft_tissue_weight: float = Field(1.0, ge=0, description="L1 again inside -160..240 HU")
 

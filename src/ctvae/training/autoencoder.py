@@ -65,6 +65,12 @@ class Objective(nn.Module):
         super().__init__()
         self.network, self.cfg, self.ranks = network, cfg, ranks
         self.reconstruction = Reconstruction(cfg, window_hu)
+        self.kl_weight = cfg.kl_weight
+
+    def warm(self, progress: float) -> None:
+        """The KL's weight at `progress` (0 to 1) through the training: all of it at once keeps a young decoder from seeing."""
+        share = min(1.0, progress / self.cfg.kl_warmup) if self.cfg.kl_warmup else 1.0
+        self.kl_weight = share * self.cfg.kl_weight
 
     def forward(self, x: Tensor, random: torch.Generator) -> dict[str, Tensor]:  # [B 1 D H W]
         mean, logvar = self.network.encode(x)
@@ -75,7 +81,7 @@ class Objective(nn.Module):
     def _kl(self, mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
         kl = losses.kl_to_standard_normal(mean, logvar)
         summed = self.cfg.reconstruction == "mse_sum"
-        return {"kl": self.cfg.kl_weight * (kl.flatten(1).sum(1).mean() if summed else kl.mean())}
+        return {"kl": self.kl_weight * (kl.flatten(1).sum(1).mean() if summed else kl.mean())}
 
 
 def train_autoencoder(
@@ -97,7 +103,8 @@ def train_autoencoder(
     start = ranks.agreed(int(meta["step"]))
     clock = Clock(settings, settings.steps, settings.minutes, meta.get("seconds", 0.0), ranks)
     curve = Curve(run, "autoencoder", start)
-    objective, fabric_optimizer = fabric.setup(Objective(network, settings, cfg.data.window_hu, ranks), optimizer)
+    goal = Objective(network, settings, cfg.data.window_hu, ranks)
+    objective, fabric_optimizer = fabric.setup(goal, optimizer)
     tally = Tally(settings, ranks, meta)
     step, logged, held_out = start, start, HeldOut()
 
@@ -129,6 +136,7 @@ def train_autoencoder(
 
             # One optimisation step of `accumulate` batches. Randomness depends on (seed, step) alone.
             optimizer.param_groups[0]["lr"] = clock.lr(step, progress)
+            goal.warm(progress)
             fabric_optimizer.zero_grad(set_to_none=True)
             losses_of_step: dict[str, Tensor] = {}
             statistics = [buffer.clone() for buffer in network.buffers()]  # conv3d's BatchNorm keeps some, step by step
