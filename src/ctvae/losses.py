@@ -13,6 +13,7 @@ from torch import Tensor
 from ctvae import haar
 
 SOFT_TISSUE_HU = (-160.0, 240.0)
+SLAB = 16  # slices
 
 
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -39,15 +40,22 @@ def detail_gap_db(x: Tensor, y: Tensor, levels: int = 2) -> float:
     """
     whole = 2**levels
     d, h, w = (size // whole * whole or size for size in x.shape[2:])
-    x, y = (volume[:, :, :d, :h, :w] for volume in (x, y))
-    sd, sh, sw = (2 if size >= whole else 1 for size in (d, h, w))
-    gaps = []
-    for _ in range(levels):
-        x, y = haar.forward(x, (sd, sh, sw)), haar.forward(y, (sd, sh, sw))  # [B 8 D/2 H/2 W/2], the means first
-        energy_x, energy_y = (bands[:, 1:].float().square().mean((0, 2, 3, 4)) + 1e-8 for bands in (x, y))
-        gaps.append(10 * torch.log10(energy_y / energy_x).abs())
-        x, y = x[:, :1], y[:, :1]
-    return torch.cat(gaps).mean().item()
+    before, after = (_detail(volume[:, :, :d, :h, :w], levels) for volume in (x, y))
+    return (10 * torch.log10((after + 1e-8) / (before + 1e-8))).abs().mean().item()
+
+
+def _detail(x: Tensor, levels: int) -> Tensor:
+    """Mean squares of the detail bands of every level, by slabs of slices, which is the same and takes little memory."""
+    sd, sh, sw = (2 if size >= 2**levels else 1 for size in x.shape[2:])
+    slabs = x.float().split(SLAB, dim=2)
+    total = torch.zeros(levels, haar.bands((sd, sh, sw)) - 1)
+    for slab in slabs:
+        share = slab.shape[2] / x.shape[2]
+        for level in range(levels):
+            slab = haar.forward(slab, (sd, sh, sw))  # [B 8 d/2 h/2 w/2], the means first
+            total[level] += share * slab[:, 1:].square().mean((0, 2, 3, 4)).cpu()
+            slab = slab[:, :1]
+    return total.flatten()
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
