@@ -109,7 +109,7 @@ def take_apart(dataset: Dataset, samples: int, out: Path, seed: int) -> tuple[li
     validation = {group.patient for group in groups if group.split == "validation"}
     order = sorted((patients[int(i)] for i in rng.permutation(len(patients))), key=lambda p: p not in validation)
     pool = order[:samples]
-    chosen = [next(group for group in groups if group.patient == patient) for patient in pool]
+    chosen = [(own := [group for group in groups if group.patient == patient])[int(rng.integers(len(own)))] for patient in pool]
     rest = out / "real"
     rest.mkdir(parents=True, exist_ok=True)
     link = rest / "groups"

@@ -23,6 +23,7 @@ from ctvae.evaluation.summary import digest
 from ctvae.volume import Volume
 
 CAP = 200
+MOST_TRAINING = 2000  # groups that copies are looked for in: one that is left out is a copy that is not found
 WANTED = 12  # patients in the reference: what the neediest measure needs
 SMALLEST_SIDE = 11  # voxels: SSIM's window
 PATIENT_KEYS = {"patient", "patients", "patient_id", "source_patient", "source_patients"}
@@ -164,9 +165,9 @@ def _training(scans: Sequence[Scan], rng: np.random.Generator, notes: list[str])
     else:
         training = [scan for scan in scans if scan.split == "train"]
         held_out = [scan for scan in scans if scan.split != "train"]
-    if len(training) > CAP:
-        notes.append(f"Copies were looked for in {CAP} of {len(training)} training groups, chosen at random.")
-        training = [training[i] for i in sorted(rng.choice(len(training), CAP, replace=False))]
+    if len(training) > MOST_TRAINING:
+        notes.append(f"Copies were looked for in {MOST_TRAINING} of {len(training)} training groups, chosen at random.")
+        training = [training[i] for i in sorted(rng.choice(len(training), MOST_TRAINING, replace=False))]
     return training, held_out[:CAP]
 
 
