@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ctvae.checkpoint import Best
 from ctvae.config import load_recipe
 from ctvae.latents import LatentCode, LatentSet
 from ctvae.runlog import Run
@@ -134,6 +135,22 @@ def test_training_stops_when_samples_get_worse_and_keeps_what_was_before(tmp_pat
     _, whole, steps = trained(tmp_path / "b", Scripted([1.0] * 10))
     assert steps[-1] == 10
     assert not torch.equal(weight, whole)
+
+
+def test_a_run_killed_after_the_look_that_ends_it_ends_all_the_same(tmp_path, monkeypatch):
+    """As if it had been killed after that step's checkpoint, before the stage was noted as done."""
+    distances = [1.0, 0.5, 0.8, 0.9, 0.1]
+    monkeypatch.setattr(Best, "load_into", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, Scripted(distances))
+    monkeypatch.undo()
+    figures, _, steps = trained(tmp_path, Scripted(distances[4:]))
+    assert (figures["best_step"], figures["distance"], figures["flow_steps"]) == (2, 0.5, 4)
+    assert steps[-1] == 4
+
+
+def killed(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_difference_that_is_noise_stops_nothing_but_a_slow_decline_does(tmp_path):

@@ -169,8 +169,9 @@ class Best:
 
     def load_into(self, module: nn.Module, otherwise: dict[str, Tensor]) -> dict[str, Any]:
         """Gives `module` the kept weights, or `otherwise`, and returns their meta."""
-        module.load_state_dict(load(self.path)[0] if self.path.exists() else otherwise)
-        return self.meta()
+        tensors, meta = load(self.path) if self.path.exists() else (otherwise, {})
+        module.load_state_dict(tensors)
+        return meta
 
     def clear(self) -> None:
         if is_first():

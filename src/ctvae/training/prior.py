@@ -175,6 +175,7 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
     step, logged, held_out = start, start, math.nan
     best = Best(run.folder / "checkpoints" / "flow-best.safetensors", data.watch.spread if data.watch else 0.0)
     looked, seen = math.floor(clock.progress(start) * settings.looks), Seen()
+    worse = ranks.told(partial(worse_for, best, looked))  # of a run that was killed right after its last look, too
 
     def keep() -> None:
         checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds, "skipped_steps": tally.skipped})
@@ -182,7 +183,7 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
     with Progress("prior: flow", total=settings.steps) as bar, kept_when_memory_runs_out(optimizer, lambda: step, keep):
         while True:
             progress = clock.progress(step)
-            last = progress >= 1.0
+            last = progress >= 1.0 or worse >= settings.patience
 
             # Report and save before the update, so that a resumed run repeats nothing.
             tally.check(step, run.folder, checkpoints, f"prior.lr={settings.lr / 3:.2g}")
@@ -198,7 +199,8 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
                     looked = math.floor(progress * settings.looks)
                     seen = look(data.watch, network, ema, settings.precision, ranks)
                     best.offer(-seen.distance, ema.weights, {"look": looked, "step": step, **seen._asdict()})
-                    last |= ranks.told(partial(worse_for, best, looked)) >= settings.patience
+                    worse = ranks.told(partial(worse_for, best, looked))
+                    last |= worse >= settings.patience
                 if not tally.in_a_row:  # or these weights may be why
                     keep()
                 held_out = held_out_loss(network, ema, data, settings.precision, ranks)
