@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ctvae.errors import ModelError
 from ctvae.files import atomic
 from ctvae.ranks import is_first
+from ctvae.sharding import gathered, load_into, own_part
 
 KEPT = 2
 MOST_VOXELS = 2**31
@@ -56,10 +57,13 @@ class EMA:
 
 
 def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write tensors and a JSON-able description; of several processes the first does. Raises InputError where it cannot."""
+    """Write tensors and a JSON-able description; of several processes the first does. Raises InputError where it cannot.
+
+    Sharded tensors are written whole, and then all processes take part.
+    """
+    plain = {name: value.contiguous() for name, value in gathered(tensors).items()}
     if not is_first():
         return
-    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic(path) as temporary:
         try:
             save_file(plain, temporary, metadata={"ctvae": json.dumps(meta)})
@@ -129,7 +133,7 @@ def file_hash(path: Path) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, Tensor]:
-    """AdamW's state as flat tensors, named by parameter number and quantity."""
+    """The optimiser's state as flat tensors, named by parameter number and quantity."""
     return {
         f"{prefix}.{number}.{name}": value
         for number, state in optimizer.state_dict()["state"].items()
@@ -138,11 +142,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "optimizer") -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(f"{prefix}."):
             _, number, name = key.split(".")
-            state.setdefault(int(number), {})[name] = value
+            owner = parameters[int(number)] if value.ndim else None  # a count of steps is each process's own
+            state.setdefault(int(number), {})[name] = own_part(value, owner)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -170,7 +176,7 @@ class Best:
     def load_into(self, module: nn.Module, otherwise: dict[str, Tensor]) -> dict[str, Any]:
         """Gives `module` the kept weights, or `otherwise`, and returns their meta."""
         tensors, meta = load(self.path) if self.path.exists() else (otherwise, {})
-        module.load_state_dict(tensors)
+        load_into(module, tensors)
         return meta
 
     def clear(self) -> None:
@@ -191,15 +197,14 @@ class Checkpoints:
         self, step: int, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, meta: dict[str, Any],
         adversary: torch.optim.Optimizer | None = None,
     ) -> None:  # fmt: skip
-        if not is_first():
-            return
+        """Of a sharded network all processes call it; the first one writes the whole."""
         tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in ema.weights.items()}
         tensors |= optimizer_tensors(optimizer)
         if adversary is not None:
             tensors |= optimizer_tensors(adversary, "adversary")
         save(self.folder / f"{self.name}-{step:08d}.safetensors", tensors, {"step": step, **meta})
-        for old in self.paths()[:-KEPT]:
+        for old in self.paths()[:-KEPT] if is_first() else []:
             old.unlink(missing_ok=True)
 
     def resume(
@@ -211,9 +216,9 @@ class Checkpoints:
                 tensors, meta = load(path)
             except ModelError:
                 continue  # damaged by something other than us: the one before it is whole
-            module.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+            load_into(module, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
             for name, value in ema.weights.items():
-                value.copy_(tensors[f"ema.{name}"])
+                value.copy_(own_part(tensors[f"ema.{name}"], value))
             restore_optimizer(optimizer, tensors)
             if adversary is not None:
                 restore_optimizer(adversary, tensors, "adversary")

@@ -11,36 +11,48 @@ from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from ctvae.ranks import ALONE, Ranks
+from ctvae.sharding import shard
 
 
-def make_fabric(precision: Literal["bf16", "fp32"] = "bf16", ranks: Ranks = ALONE) -> Fabric:
-    """A device for each process: CUDA or Apple's if there is one, else the CPU. Of several, gradients are averaged (DDP).
+def make_fabric(precision: Literal["bf16", "fp32"] = "bf16", ranks: Ranks = ALONE, sharded: bool = False) -> Fabric:
+    """A device for each process: CUDA or Apple's if there is one, else the CPU. Of several, gradients are averaged.
 
+    Each holds the whole network (DDP) or, if `sharded`, a share of it (FSDP): of an objective that is set up, its `network`.
     Precision is autocast around the network's calls.
     """
     autocast: Literal["bf16-mixed", "32-true"] = "bf16-mixed" if precision == "bf16" else "32-true"
     if ranks.world == 1:
         return Fabric(accelerator="auto", devices=1, precision=autocast)
-    machines = ranks.world // ranks.local_world
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1x1 kernels: the order is the same
-    known = signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # PyTorch renamed it
-    buffers_stay: dict[str, Any] = {name: False}  # the Wiener filter is large and never changes
-    strategy = DDPStrategy(**buffers_stay)
     fabric = Fabric(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=ranks.local_world,
-        num_nodes=machines,
-        strategy=strategy,
+        num_nodes=ranks.world // ranks.local_world,
+        strategy=ModelParallelStrategy(_shard_network, ranks.world, tensor_parallel_size=1) if sharded else _whole_networks(),
         precision=autocast,
     )
     fabric.launch()  # torchrun has started the processes
     return fabric
+
+
+def _whole_networks() -> Strategy:
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1x1 kernels: the order is the same
+    known = signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # PyTorch renamed it
+    buffers_stay: dict[str, Any] = {name: False}  # the Wiener filter is large and never changes
+    return DDPStrategy(**buffers_stay)
+
+
+def _shard_network(objective: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Its network alone, so that this can be called without the objective."""
+    assert isinstance(objective.network, nn.Module)
+    shard(objective.network, mesh["data_parallel"])
+    return objective
 
 
 @contextmanager
@@ -60,10 +72,10 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[1:]
 
 
-def place(network: nn.Module, device: torch.device) -> None:
+def place(network: nn.Module, device: torch.device, channels_last: bool = True) -> None:
     """Move `network` to `device`, its 3D convolutions' weights channels-last, the order in which they run fastest."""
     network.to(device)
-    if any(weight.ndim == 5 for weight in network.parameters()):
+    if channels_last and any(weight.ndim == 5 for weight in network.parameters()):
         network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 

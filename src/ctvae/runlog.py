@@ -201,8 +201,12 @@ class Curve:
 
 
 def _comparable(cfg: Config, replanned: bool) -> dict[str, Any]:
-    """What makes a run that run: not its minutes (it ends sooner or later), nor what memory decides where it is planned anew."""
+    """What makes a run that run: not its minutes (it ends sooner or later), nor what memory decides where it is planned anew.
+
+    Nor how many processes hold the prior while it trains.
+    """
     tree = cfg.model_dump(mode="json")
+    tree["prior"].pop("shard")
     for name, section in tree.items():
         for key in ("minutes", *(MEMORY_SETTINGS.get(name, ()) if replanned else ())):
             if isinstance(section, dict):

@@ -38,9 +38,12 @@ def is_allocation_failure(error: BaseException) -> bool:
 
 @contextmanager
 def kept_when_memory_runs_out(
-    optimizer: torch.optim.Optimizer, step: Callable[[], int], keep: Callable[[], None]
+    optimizer: torch.optim.Optimizer, step: Callable[[], int], keep: Callable[[], None] | None
 ) -> Iterator[None]:
-    """An allocation failure inside the block becomes MemoryRanOut. `step` tells where the loop is, `keep` saves its state."""
+    """An allocation failure inside the block becomes MemoryRanOut. `step` tells where the loop is, `keep` saves its state.
+
+    None: it cannot be saved then, as that of a sharded network, which takes all processes.
+    """
     updating = [-1]  # the step that the optimiser is at, or was at last
 
     def note(*_: object) -> None:

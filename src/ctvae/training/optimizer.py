@@ -3,6 +3,8 @@
 Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, so that every direction of a
 layer learns at one pace. The update is scaled to Adam's usual size (Liu et al. 2025, 0.2 sqrt(max(rows, columns))),
 so one learning rate serves both. A convolution is the matrix [out, in * kernel].
+
+Of a sharded network every process gathers one matrix at a time, makes it orthogonal, and keeps its own rows.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ctvae.config import Training
+from ctvae.sharding import own_part, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic whose iteration drives singular values towards 1
 
@@ -59,9 +62,9 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(p)
         state["momentum"].lerp_(grad, 1 - momentum)
-        update = grad.lerp(state["momentum"], momentum).flatten(1)  # Nesterov's look-ahead
+        update = whole(grad.lerp(state["momentum"], momentum)).flatten(1)  # Nesterov's look-ahead
         size = 0.2 * max(update.shape) ** 0.5
-        p.mul_(1 - lr * weight_decay).add_(orthogonalised(update).view(p.shape), alpha=-lr * size)
+        p.mul_(1 - lr * weight_decay).add_(own_part(orthogonalised(update).view(p.shape), like=p), alpha=-lr * size)
 
     def _adam(self, p: Tensor, grad: Tensor, lr: float, beta1: float = 0.9, beta2: float = 0.99) -> None:
         state = self.state[p]

@@ -27,6 +27,7 @@ from ctvae.models.velocity import UNet, VectorNet, Velocity
 from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks
 from ctvae.runlog import Clock, Curve, Run
+from ctvae.sharding import gathered, whole
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
@@ -159,10 +160,13 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
 
     At `looks` moments samples are judged (`watch.py`). Training ends before its time when they have got clearly worse
     `patience` times in a row, and the weights that are left are the last ones that were not.
+
+    With `shard` the network is cut up over the processes (`sharding.py`) and stays so: all of them take part in what it does.
     """
     settings = cfg.prior
-    fabric = make_fabric(settings.precision, ranks)
-    place(network, fabric.device)
+    fabric = make_fabric(settings.precision, ranks, settings.shard)
+    place(network, fabric.device, channels_last=not settings.shard)  # FSDP takes weights in plain order alone
+    objective = fabric.setup_module(FlowObjective(network, ranks))
     ema = EMA(network, settings.ema_decay)
     optimizer = build_optimizer(network, settings)
     checkpoints = run.checkpoints("flow")
@@ -170,7 +174,7 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
     start = ranks.agreed(int(meta["step"]))
     clock = Clock(settings, settings.steps, settings.minutes, meta.get("seconds", 0.0), ranks)
     curve = Curve(run, "flow", start)
-    objective, fabric_optimizer = fabric.setup(FlowObjective(network, ranks), optimizer)
+    fabric_optimizer = fabric.setup_optimizers(optimizer)
     tally = Tally(settings, ranks, meta)
     step, logged, held_out = start, start, math.nan
     best = Best(run.folder / "checkpoints" / "flow-best.safetensors", data.watch.spread if data.watch else 0.0)
@@ -180,7 +184,8 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
     def keep() -> None:
         checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds, "skipped_steps": tally.skipped})
 
-    with Progress("prior: flow", total=settings.steps) as bar, kept_when_memory_runs_out(optimizer, lambda: step, keep):
+    saved_alone = None if settings.shard else keep
+    with Progress("prior: flow", total=settings.steps) as bar, kept_when_memory_runs_out(optimizer, lambda: step, saved_alone):
         while True:
             progress = clock.progress(step)
             last = progress >= 1.0 or worse >= settings.patience
@@ -197,8 +202,8 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
             if step > start and (last or step % settings.save_every == 0):
                 if data.watch and math.floor(progress * settings.looks) > looked:
                     looked = math.floor(progress * settings.looks)
-                    seen = look(data.watch, network, ema, settings.precision, ranks)
-                    best.offer(-seen.distance, ema.weights, {"look": looked, "step": step, **seen._asdict()})
+                    seen = look(data.watch, network, ema, settings, ranks)
+                    best.offer(-seen.distance, gathered(ema.weights), {"look": looked, "step": step, **seen._asdict()})
                     worse = ranks.told(partial(worse_for, best, looked))
                     last |= worse >= settings.patience
                 if not tally.in_a_row:  # or these weights may be why
@@ -216,14 +221,16 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
                 loss = objective(batch, generator(cfg.seed, part)).mean() / settings.accumulate
                 fabric.backward(loss)
                 loss_of_step += loss.detach()
-            norm = nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
+            norm = whole(nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm))
             if tally.take({"loss": loss_of_step}, norm):
                 fabric_optimizer.step()
                 ema.update(network, step)
             step += 1
 
     curve.close()
-    kept = best.load_into(network, otherwise=ema.weights) if ranks.first else {}
+    kept = best.load_into(network, otherwise=ema.weights) if ranks.first or settings.shard else {}
+    if settings.shard:
+        ranks.agreed(int(kept.get("step", step)))  # the same weights, and all have read them
     best.clear()
     figures = {"flow_steps": step, "flow_seconds": round(clock.seconds), "flow_loss": round(mean_or_nan(held_out), 4)}
     if kept:
@@ -235,12 +242,17 @@ def mean_or_nan(value: float) -> float:
     return value if math.isfinite(value) else -1.0
 
 
-def look(watch: Watch, network: nn.Module, ema: EMA, precision: str, ranks: Ranks) -> Seen:
-    """At samples of the averaged weights; of several processes the first one does."""
+def look(watch: Watch, network: nn.Module, ema: EMA, settings: Prior, ranks: Ranks) -> Seen:
+    """At samples of the averaged weights; of several processes the first one does, or all at a sharded network's."""
+
+    def seen_here() -> Seen:
+        with ema.applied_to(network):
+            return watch.look(network, settings.precision)
+
+    together = seen_here() if settings.shard else None
 
     def first() -> list[float]:
-        with ema.applied_to(network):
-            seen = watch.look(network, precision)
+        seen = together or seen_here()
         if seen.copies > MOST_COPIES:
             print(
                 f"warning: {seen.copies:.0%} of the samples come nearer to a training scan than held-out scans do: the "

@@ -103,9 +103,11 @@ def with_hours(settled: Settled, hours: float, stage: str, processes: int = 1) -
 
 
 def refuse_uneven(cfg: Config, stage: str, processes: int) -> None:
-    """Raises ConfigError where the batches of `stage` (autoencoder, prior or both) do not divide among the processes."""
+    """Raises ConfigError where `stage` (autoencoder, prior or both), or its batches, do not divide among the processes."""
     if processes > 1 and stage != "prior" and cfg.model.kind == "conv3d":
         raise ConfigError("conv3d: its BatchNorm would see one process's share only; train its autoencoder without torchrun")
+    if processes == 1 and cfg.prior.shard and "prior" in STAGES[stage]:
+        raise ConfigError("prior.shard: there is one process to hold the network; leave it out, or start several by torchrun")
     for name in STAGES[stage]:
         batch = getattr(cfg, name).batch
         if batch % processes and (name != "polish" or cfg.polish.enabled):
