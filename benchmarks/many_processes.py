@@ -1,24 +1,29 @@
 """Two processes against one: the same loss curve, the same files; and a worker that is killed does not end the training.
 
-    python benchmarks/many_processes.py [--processes 2] [--tolerance 1e-5] [--parts curve,machines,elastic,generate]
+    python benchmarks/many_processes.py [--processes 2] [--tolerance 1e-5] [--parts curve,machines,elastic,generate,shard,memory]
 
 Phantoms are prepared and a network of a few thousand weights is trained in fp32, autoencoder, polish and prior: once by one
 process, once by several that torchrun starts on this machine (gloo), at the same batches. Then once more by several, of which
-one is killed -9 after the first checkpoint, and once by two agents of torchrun that meet, as on two machines. Exit code 1 where
-curves differ by more than the tolerance, relative to the loss, or anything else is not as it should be.
+one is killed -9 after the first checkpoint, and once by two agents of torchrun that meet, as on two machines. The prior alone is
+trained once more with its network cut up over the processes (prior.shard), and a larger one's step is weighed (sharded_step.py).
+Exit code 1 where curves differ by more than the tolerance, relative to the loss, or anything else is not as it should be.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
+import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -38,9 +43,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--tolerance", type=float, default=1e-5)
-    parser.add_argument("--parts", default="curve,machines,elastic,generate")
+    parser.add_argument("--parts", default="curve,machines,elastic,generate,shard,memory")
     arguments = parser.parse_args()
-    parts = {"curve": compare_curves, "machines": meet, "elastic": survive_a_kill, "generate": compare_files}
+    parts = {
+        "curve": compare_curves, "machines": meet, "elastic": survive_a_kill, "generate": compare_files, "shard": cut_up,
+        "memory": weigh,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="many") as scratch:
         staged = Staged(Path(scratch), arguments.processes, arguments.tolerance)
         failed = [name for name in arguments.parts.split(",") if not parts[name](staged)]
@@ -61,23 +69,34 @@ class Staged:
         write_phantoms(folder / "scans", 8, shape=(64, 32, 32), spacing_mm=(12.5, 12.5, 4.5))
         prepare(folder / "scans", folder / "data", slices=64, fractions=(0.5, 0.25, 0.25), workers=1)
         self.settings = [word for setting in (*TINY, *LENGTHS) for word in ("--set", setting)]
-        self.alone, self.together = folder / "alone", folder / "together"
+        self.alone = folder / "alone"
         finished(alone(self.train(self.alone)))
-        finished(shared(self.processes, self.train(self.together)))
 
-    def train(self, out: Path) -> list[str]:
-        return ["train", str(self.folder / "data"), "--out", str(out), *self.settings]
+    @cached_property
+    def together(self) -> Path:
+        """The run of several."""
+        finished(shared(self.processes, self.train(self.folder / "together")))
+        return self.folder / "together"
+
+    def train(self, out: Path, *settings: str) -> list[str]:
+        return ["train", str(self.folder / "data"), "--out", str(out), *self.settings, *settings]
+
+    def without_prior(self, name: str) -> Path:
+        """A copy of the run of one, as it was before its prior."""
+        run = Path(shutil.copytree(self.alone, self.folder / name))
+        for path in [*run.glob("prior-*"), *run.glob("logs/flow*")]:
+            path.unlink()
+        state = json.loads((run / "run.json").read_text())
+        del state["stages"]["prior"]
+        (run / "run.json").write_text(json.dumps(state))
+        return run
 
 
 def compare_curves(staged: Staged) -> bool:
     """One process against several, every report of every stage."""
     worst = 0.0
     for stage in STAGES:
-        one, several = curve(staged.alone, stage), curve(staged.together, stage)
-        if [step for step, _ in one] != [step for step, _ in several]:
-            print(f"{stage}: reports at other steps")
-            return False
-        largest = max(abs(a - b) / abs(a) for (_, a), (_, b) in zip(one, several, strict=True))
+        one, largest = curve(staged.alone, stage), difference(staged.alone, staged.together, stage)
         print(f"{stage}: {one[-1][0]} steps, {len(one)} reports, loss {one[0][1]:.4g} to {one[-1][1]:.4g}; "
               f"{staged.processes} processes differ by {largest:.1e} of it at most", flush=True)  # fmt: skip
         worst = max(worst, largest)
@@ -85,6 +104,14 @@ def compare_curves(staged: Staged) -> bool:
     change = (one - several).norm() / one.norm()
     print(f"weights of all networks: {one.numel()} numbers, differ by {change:.1e} of their norm", flush=True)
     return worst <= staged.tolerance and len(one) == len(several)
+
+
+def difference(first: Path, second: Path, stage: str) -> float:
+    """Largest between two runs' curves, relative to the loss; infinite where they report at other steps."""
+    one, other = curve(first, stage), curve(second, stage)
+    if [step for step, _ in one] != [step for step, _ in other]:
+        return math.inf
+    return max(abs(a - b) / abs(a) for (_, a), (_, b) in zip(one, other, strict=True))
 
 
 def meet(staged: Staged) -> bool:
@@ -107,24 +134,75 @@ def survive_a_kill(staged: Staged) -> bool:
     """One of the workers is killed; the agent starts them all again, and they go on from the last checkpoint."""
     run = staged.folder / "killed"
     agent = subprocess.Popen(shared(staged.processes, staged.train(run), restarts=2), env=environment())
+    kill(workers_once_saved(agent, run, "autoencoder")[-1:])
+    return undisturbed("elastic", agent.wait(LIMIT_SECONDS), run, staged.together, STAGES)
+
+
+def workers_once_saved(agent: subprocess.Popen, run: Path, stage: str) -> list[psutil.Process]:
+    """The agent's workers, the first rank first, once `stage` has a checkpoint."""
     deadline = time.monotonic() + LIMIT_SECONDS
-    while not list((run / "checkpoints").glob("autoencoder-*")):
+    while not list((run / "checkpoints").glob(f"{stage}-*[0-9].safetensors")):
         if agent.poll() is not None or time.monotonic() > deadline:
             agent.kill()
-            print("elastic: no checkpoint was written")
-            return False
+            raise SystemExit(f"{stage}: no checkpoint was seen")
         time.sleep(0.05)
     workers = [child for child in psutil.Process(agent.pid).children() if child.environ().get("RANK") is not None]
-    victim = max(workers, key=lambda child: int(child.environ()["RANK"]))
-    found = sorted(path.name for path in (run / "checkpoints").glob("autoencoder-*[0-9].safetensors"))
-    os.kill(victim.pid, signal.SIGKILL)
-    code = agent.wait(LIMIT_SECONDS)
-    equal = code == 0 and weights(run) == weights(staged.together)
-    same_curve = code == 0 and all(curve(run, stage) == curve(staged.together, stage) for stage in STAGES)
-    print(f"elastic: worker {len(workers) - 1} of {len(workers)} killed with {found[-1]} there; exit code {code}; "
+    return sorted(workers, key=lambda child: int(child.environ()["RANK"]))
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def undisturbed(name: str, code: int, run: Path, other: Path, stages: tuple[str, ...]) -> bool:
+    """Whether a run of which a worker was killed ended as the other one."""
+    equal = code == 0 and weights(run) == weights(other)
+    same_curve = code == 0 and all(curve(run, stage) == curve(other, stage) for stage in stages)
+    print(f"{name}: the last worker killed after the first checkpoint; exit code {code}; "
           f"weights {'bit-equal to' if equal else 'OTHER than'} undisturbed ones, curves {'equal' if same_curve else 'OTHER'}",
           flush=True)  # fmt: skip
     return equal and same_curve
+
+
+def cut_up(staged: Staged) -> bool:
+    """The prior with its network cut up: against one process; killed and restarted; begun so, and ended by one process."""
+    sharded, killed, moved = (staged.without_prior(name) for name in ("sharded", "sharded-killed", "moved"))
+
+    def command(run: Path, restarts: int = 0) -> list[str]:
+        return shared(staged.processes, staged.train(run, "--set", "prior.shard=true"), restarts)
+
+    finished(command(sharded))
+    agent = subprocess.Popen(command(killed, restarts=2), env=environment())
+    kill(workers_once_saved(agent, killed, "flow")[-1:])
+    survived = undisturbed("shard", agent.wait(LIMIT_SECONDS), killed, sharded, ("flow",))
+    agent = subprocess.Popen(command(moved), env=environment())
+    kill([psutil.Process(agent.pid), *workers_once_saved(agent, moved, "flow")])
+    agent.wait(LIMIT_SECONDS)
+    finished(alone(staged.train(moved)))
+    expected, worst = flat_weights(staged.alone), 0.0
+    for name, run in (("cut up among", sharded), ("begun so, ended by one process, not", moved)):
+        largest, found = difference(staged.alone, run, "flow"), flat_weights(run)
+        change = (found - expected).norm() / expected.norm()
+        print(f"shard: {name} {staged.processes} processes: curve of the flow differs by {largest:.1e} of the loss at most, "
+              f"weights by {change:.1e} of their norm", flush=True)  # fmt: skip
+        worst = max(worst, largest)
+    return survived and worst <= staged.tolerance
+
+
+def weigh(staged: Staged) -> bool:
+    """Memory of a larger network's step, whole and cut up."""
+    script = str(Path(__file__).with_name("sharded_step.py"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(staged.processes), script]
+    most = {}
+    for name, options in (("whole", []), ("cut up", ["--shard"])):
+        said = [json.loads(line) for line in finished([*launcher, *options]).splitlines() if line.startswith("{")]
+        most[name] = {key: max(line[key] for line in said) for key in said[0]}
+        print(f"memory: {most[name]['weights'] / 1e6:.0f} M weights {name}, {staged.processes} processes: "
+              f"{most[name]['state_mb']:.0f} MB of weights, gradients, momentum and averages in each, peak of a step "
+              f"{most[name]['peak_mb']:.0f} MB, {most[name]['seconds']:.1f} s", flush=True)  # fmt: skip
+    share = most["cut up"]["state_mb"] / most["whole"]["state_mb"]
+    return share < 1.1 / staged.processes and most["cut up"]["peak_mb"] < most["whole"]["peak_mb"]
 
 
 def compare_files(staged: Staged) -> bool:
@@ -155,10 +233,11 @@ def shared(processes: int, command: list[str], restarts: int = 0) -> list[str]:
     return [sys.executable, *launcher, "--max-restarts", str(restarts), "-m", "ctvae", *command]
 
 
-def finished(command: list[str]) -> None:
+def finished(command: list[str]) -> str:
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT_SECONDS)
     if done.returncode:
         raise SystemExit(f"{command}\n{done.stdout}\n{done.stderr}")
+    return done.stdout
 
 
 def environment() -> dict[str, str]:

@@ -39,7 +39,7 @@ SETTINGS = (
 
 def test_one_process_has_nothing_to_cut_up():
     cfg = load_recipe("wavelet3d", ["prior.shard=true"])
-    with pytest.raises(ConfigError, match="prior.shard: there is one process to hold the network; leave it out, or start"):
+    with pytest.raises(ConfigError, match=r"prior\.shard: there is one process to hold the network; leave it out, or"):
         settings.refuse_uneven(cfg, "both", 1)
     settings.refuse_uneven(cfg, "autoencoder", 1)
     settings.refuse_uneven(cfg, "prior", 2)
@@ -49,7 +49,7 @@ def test_one_process_has_nothing_to_cut_up():
 def test_a_run_goes_on_sharded_or_not(tmp_path):
     Run.create_or_resume(tmp_path / "run", load_recipe("wavelet3d"), "data")
     Run.create_or_resume(tmp_path / "run", load_recipe("wavelet3d", ["prior.shard=true"]), "data")
-    with pytest.raises(ConfigError, match="prior.batch"):
+    with pytest.raises(ConfigError, match=r"prior\.batch"):
         Run.create_or_resume(tmp_path / "run", load_recipe("wavelet3d", ["prior.shard=true", "prior.batch=2"]), "data")
 
 
@@ -69,7 +69,8 @@ def test_tensors_that_are_not_cut_up_stay_as_they_are():
 def latents(count: int, seed: int) -> LatentSet:
     random = generator(seed, 0)
     means = torch.randn(count, *SHAPE, generator=random)
-    return LatentSet(means, torch.full_like(means, -4), torch.rand(count, 3, generator=random), [f"{seed}-{i}" for i in range(count)])
+    groups = [f"{seed}-{index}" for index in range(count)]
+    return LatentSet(means, torch.full_like(means, -4), torch.rand(count, 3, generator=random), groups)
 
 
 def trained(folder: Path, ranks: Ranks, *overrides: str) -> None:

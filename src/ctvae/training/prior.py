@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -174,7 +174,7 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
     start = ranks.agreed(int(meta["step"]))
     clock = Clock(settings, settings.steps, settings.minutes, meta.get("seconds", 0.0), ranks)
     curve = Curve(run, "flow", start)
-    fabric_optimizer = fabric.setup_optimizers(optimizer)
+    fabric_optimizer: Any = fabric.setup_optimizers(optimizer)
     tally = Tally(settings, ranks, meta)
     step, logged, held_out = start, start, math.nan
     best = Best(run.folder / "checkpoints" / "flow-best.safetensors", data.watch.spread if data.watch else 0.0)
