@@ -93,13 +93,21 @@ class Staged:
 
 
 def compare_curves(staged: Staged) -> bool:
-    """One process against several, every report of every stage."""
+    """One process against several, every report of every stage; the flow once more from the same latents.
+
+    From latents of its own it differs by more: some of them, in half precision, fall to the neighbouring number.
+    """
+    again = staged.without_prior("flow-together")
+    finished(shared(staged.processes, staged.train(again)))
+    runs = {"autoencoder": staged.together, "polish": staged.together, "flow": again}
     worst = 0.0
-    for stage in STAGES:
-        one, largest = curve(staged.alone, stage), difference(staged.alone, staged.together, stage)
+    for stage, run in runs.items():
+        one, largest = curve(staged.alone, stage), difference(staged.alone, run, stage)
         print(f"{stage}: {one[-1][0]} steps, {len(one)} reports, loss {one[0][1]:.4g} to {one[-1][1]:.4g}; "
               f"{staged.processes} processes differ by {largest:.1e} of it at most", flush=True)  # fmt: skip
         worst = max(worst, largest)
+    own = difference(staged.alone, staged.together, "flow")
+    print(f"flow from latents of its own: {staged.processes} processes differ by {own:.1e} of it at most", flush=True)
     one, several = flat_weights(staged.alone), flat_weights(staged.together)
     change = (one - several).norm() / one.norm()
     print(f"weights of all networks: {one.numel()} numbers, differ by {change:.1e} of their norm", flush=True)
@@ -180,12 +188,12 @@ def cut_up(staged: Staged) -> bool:
     kill([psutil.Process(agent.pid), *workers_once_saved(agent, moved, "flow")])
     agent.wait(LIMIT_SECONDS)
     finished(alone(staged.train(moved)))
-    expected, worst = flat_weights(staged.alone), 0.0
-    for name, run in (("cut up among", sharded), ("begun so, ended by one process, not", moved)):
-        largest, found = difference(staged.alone, run, "flow"), flat_weights(run)
-        change = (found - expected).norm() / expected.norm()
-        print(f"shard: {name} {staged.processes} processes: curve of the flow differs by {largest:.1e} of the loss at most, "
-              f"weights by {change:.1e} of their norm", flush=True)  # fmt: skip
+    expected, worst = flow_weights(staged.alone), 0.0
+    for name, run in ((f"{staged.processes} processes", sharded), ("the same, ended by one process with the whole", moved)):
+        largest = difference(staged.alone, run, "flow")
+        change = (flow_weights(run) - expected).norm() / expected.norm()
+        print(f"shard: {name}: curve of the flow differs from that of one by {largest:.1e} of the loss at most, trained weights "
+              f"by {change:.1e} of their norm", flush=True)  # fmt: skip
         worst = max(worst, largest)
     return survived and worst <= staged.tolerance
 
@@ -196,7 +204,8 @@ def weigh(staged: Staged) -> bool:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(staged.processes), script]
     most = {}
     for name, options in (("whole", []), ("cut up", ["--shard"])):
-        said = [json.loads(line) for line in finished([*launcher, *options]).splitlines() if line.startswith("{")]
+        text = finished([*launcher, *options], MALLOC_MMAP_THRESHOLD_="131072")  # or glibc keeps what is freed, as if in use
+        said = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
         most[name] = {key: max(line[key] for line in said) for key in said[0]}
         print(f"memory: {most[name]['weights'] / 1e6:.0f} M weights {name}, {staged.processes} processes: "
               f"{most[name]['state_mb']:.0f} MB of weights, gradients, momentum and averages in each, peak of a step "
@@ -233,8 +242,9 @@ def shared(processes: int, command: list[str], restarts: int = 0) -> list[str]:
     return [sys.executable, *launcher, "--max-restarts", str(restarts), "-m", "ctvae", *command]
 
 
-def finished(command: list[str]) -> str:
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT_SECONDS)
+def finished(command: list[str], **variables: str) -> str:
+    """What it prints."""
+    done = subprocess.run(command, env=environment() | variables, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     if done.returncode:
         raise SystemExit(f"{command}\n{done.stdout}\n{done.stderr}")
     return done.stdout
@@ -265,6 +275,14 @@ def flat_weights(run: Path) -> torch.Tensor:
 
     names = ("autoencoder", "prior-flow")
     return torch.cat([value.double().flatten() for name in names for value in load(run / f"{name}.safetensors")[0].values()])
+
+
+def flow_weights(run: Path) -> torch.Tensor:
+    """What was trained of the flow, one after the other."""
+    from ctvae.checkpoint import load
+
+    tensors, _ = load(run / "prior-flow.safetensors")
+    return torch.cat([value.double().flatten() for name, value in tensors.items() if name.startswith("flow.correction.")])
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -1,9 +1,11 @@
 """Memory of one training step of a large flow, its network whole in each process (DDP) or cut up over them (FSDP).
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/sharded_step.py [--shard] [--widths 192 256 384] [--blocks 2]
+    MALLOC_MMAP_THRESHOLD_=131072 torchrun --standalone --nproc-per-node 2 benchmarks/sharded_step.py [--shard]
+        [--widths 192 256 384] [--blocks 2]
 
 Each process prints one line of JSON: bytes of weights, gradients, momentum and averages after the step, counted, and the most
-memory that was resident during it, beyond what the process had before there was a network. Linux, on the CPU.
+memory that was resident during it, beyond what the process had before there was a network. Linux, on the CPU; without the
+variable glibc keeps what is freed, and that counts as resident.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from ctvae.training.watch import Watch
 
 ROOT = Path(__file__).parents[1]
 SHAPE = (2, 4, 4, 4)
+NEAR = 1e-5  # found: 1e-6
 SETTINGS = (
     "prior.widths=[7,32]", "prior.blocks=1", "prior.rank=3", "prior.batch=4", "prior.steps=12", "prior.log_every=2",
     "prior.save_every=4", "prior.looks=3", "prior.precision=fp32", "prior.warmup=1", "prior.weight_decay=0.1",
@@ -122,17 +123,18 @@ def test_a_sharded_flow_is_that_of_one_process(tmp_path, optimizer):
     expected, found = curve(alone), curve(sharded)
     assert len(expected["step"]) == 6
     for name in ("step", "loss", "held_out", "held_out_distance", "copies", "lr", "skipped_steps"):
-        assert found[name] == pytest.approx(expected[name], rel=2e-4, abs=1e-5, nan_ok=True), name
+        assert found[name] == pytest.approx(expected[name], rel=1e-5, nan_ok=True), name
     assert any(value == value for value in found["held_out_distance"])
     assert_near(state_of(sharded), state_of(alone))
     assert_near(load(sharded / "flow.safetensors")[0], load(alone / "flow.safetensors")[0])
 
 
 def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """The same names, shapes and, to rounding that training has amplified, numbers."""
+    """The same names, shapes and, to rounding that training has amplified, numbers of what is trained."""
     assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in expected.items()}
-    one, other = (torch.cat([value.double().flatten() for value in part.values()]) for part in (found, expected))
-    assert (one - other).norm() < 1e-4 * other.norm()
+    trained = [name for name in found if "correction." in name or (name.startswith("optimizer.") and found[name].ndim)]
+    one, other = (torch.cat([part[name].double().flatten() for name in trained]) for part in (found, expected))
+    assert (one - other).norm() < NEAR * other.norm()
 
 
 @pytest.mark.slow
