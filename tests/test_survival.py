@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,4 +56,5 @@ def test_two_processes_train_as_one_outlive_a_kill_and_share_out_scans():
 
 
 def test_every_mutation_of_a_core_line_is_caught():
-    assert "14 of 14 mutations caught" in ran("mutations.py")
+    caught, lines = map(int, re.findall(r"(\d+) of (\d+) mutations caught", ran("mutations.py"))[0])
+    assert caught == lines >= 10
