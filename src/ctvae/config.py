@@ -98,7 +98,6 @@ class Wavelet3D(Section):
     widths: Widths = Field((32, 128, 160), description="channels after each Haar step")
     blocks: Blocks = Field((1, 2, 2), description="residual blocks after each Haar step")
     latent_channels: int = Field(32, ge=1, le=1024, description="channels of the latent volume")
-    linear: bool = Field(False, description="a fixed linear code of blocks beside the network, fitted when training begins")
     checkpointing: bool = Field(False, description="recompute each block in the backward pass: less memory, more time")
 
     @property

@@ -6,24 +6,19 @@ with D = d * grid[0], H = h * grid[1], W = w * grid[2] and grid = cfg.grid.
 A first convolution at full resolution is where a 3D network's memory goes (one feature of 64x512x512 in bf16 is 32 MiB).
 Here the first convolution sees eight Haar bands at half the resolution, so the same features cost an eighth. All layers are
 convolutions and per-voxel operations: the network takes any size on its grid, and a tile with its halo equals the whole.
-With `linear` the Karhunen-Loeve code of the blocks that a latent voxel stands for runs beside it, fixed (`models/klt.py`): the
-network starts as the best linear code of its size and learns what is to be added to it.
 KL autoencoder: Kingma and Welling 2014, Rombach et al. 2022; Haar stem: as in HA-GAN's and WDM-3D's spirit, but learned around.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from ctvae import haar
 from ctvae.config import Size3, Wavelet3D
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.blocks import Conv, ResBlock
-from ctvae.models.klt import BlockCode
 from ctvae.models.recompute import save_memory
 
 INITIAL_LOGVAR = -6.0  # posteriors begin narrow: with sigma near 1 the first steps would learn from noise
@@ -90,34 +85,15 @@ class Wavelet3DVAE(Autoencoder):
         self.latent_shape = (cfg.latent_channels, d, h, w)
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
-        self.linear = BlockCode(cfg.grid, cfg.latent_channels) if cfg.linear else None
-        if cfg.linear:
-            self._begin_as_the_linear_code()
         save_memory(self, cfg.checkpointing)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B 1 D H W] in -1..1 -> mean and log variance, [B Z d h w] each."""
-        mean, logvar = self.encoder(x)
-        return (mean if self.linear is None else mean + self.linear.encode(x)), logvar
+        return self.encoder(x)
 
     def decode(self, z: Tensor) -> Tensor:
         """[B Z d h w] -> [B 1 D H W] in about -1..1."""
-        y = self.decoder(z)
-        return y if self.linear is None else y + self.linear.decode(z)
-
-    @torch.no_grad()
-    def fit(self, volumes: Iterable[Tensor]) -> None:
-        """The linear code, if there is one, to blocks of the training volumes [1 D H W] in -1..1."""
-        if self.linear is not None:
-            self.linear.fit(volumes)
-
-    def _begin_as_the_linear_code(self) -> None:
-        """What the layers add to mean and volume is zero at first."""
-        means, last = self.cfg.latent_channels, self.decoder.exits[-1]
-        for parameter in self.encoder.to_moments.parameters():
-            nn.init.zeros_(parameter.data[:means])
-        for parameter in last.parameters():
-            nn.init.zeros_(parameter)
+        return self.decoder(z)
 
     @property
     def halo(self) -> Size3:

@@ -17,7 +17,6 @@ from ctvae.config import AutoencoderTraining, Config, Size3
 from ctvae.device import generator, make_fabric, place
 from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
-from ctvae.models.wavelet3d import Wavelet3DVAE
 from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks, is_first
 from ctvae.runlog import Clock, Curve, Run
@@ -27,7 +26,6 @@ from ctvae.training.optimizer import build_optimizer
 from ctvae.training.tally import Tally
 
 VALIDATION_GROUPS = 4
-LINEAR_GROUPS = 16  # that a linear code is fitted to
 
 
 class HeldOut(NamedTuple):
@@ -97,9 +95,6 @@ def train_autoencoder(
     fabric = make_fabric(settings.precision, ranks)
     torch.manual_seed(cfg.seed)
     network = build(cfg.model, training.shape)
-    if isinstance(network, Wavelet3DVAE):
-        every = -(-len(training) // LINEAR_GROUPS)
-        network.fit(training.plain(index) for index in range(0, len(training), every))
     place(network, fabric.device)
     ema = EMA(network, settings.ema_decay)
     optimizer = build_optimizer(network, settings)
