@@ -1,5 +1,7 @@
 """Time of a training step of `wavelet3d` against MONAI's AutoencoderKL as MAISI sizes it, turn by turn in one process.
 
+Beside them AutoencoderKlMaisi, MONAI's memory-saving variant: the same layers, convolutions cut into two parts each, checkpointing.
+
     python benchmarks/step_speed.py                          # 64 x 128 x 128, the recipe's precision
     python benchmarks/step_speed.py --size 32 64 64 --rounds 5
 
@@ -16,6 +18,7 @@ import statistics
 import time
 
 import torch
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from monai.networks.nets import AutoencoderKL
 from torch import Tensor
 
@@ -30,14 +33,23 @@ from ctvae.training.optimizer import build_optimizer
 class Peer(Autoencoder):
     spatial = True
 
-    def __init__(self, size: tuple[int, ...]):
+    def __init__(self, size: tuple[int, ...], saving_memory: bool = False):
         super().__init__()
         self.latent_shape = (4, *(side // 4 for side in size))
-        self.network = AutoencoderKL(
-            spatial_dims=3, in_channels=1, out_channels=1, channels=(64, 128, 256), latent_channels=4, num_res_blocks=(2, 2, 2),
-            norm_num_groups=32, attention_levels=(False, False, False), with_encoder_nonlocal_attn=False,
-            with_decoder_nonlocal_attn=False,
-        )  # fmt: skip
+        common = {
+            "spatial_dims": 3,
+            "in_channels": 1,
+            "out_channels": 1,
+            "latent_channels": 4,
+            "num_res_blocks": (2, 2, 2),
+            "norm_num_groups": 32,
+        }
+        common |= {"attention_levels": (False,) * 3, "with_encoder_nonlocal_attn": False, "with_decoder_nonlocal_attn": False}
+        self.network = (
+            AutoencoderKlMaisi(num_channels=(64, 128, 256), num_splits=2, dim_split=1, use_checkpointing=True, **common)
+            if saving_memory
+            else AutoencoderKL(channels=(64, 128, 256), **common)
+        )
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, sigma = self.network.encode(x)
@@ -80,12 +92,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs=3, default=(64, 128, 128), metavar=("D", "H", "W"))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--maisi", action="store_true", help="MONAI's memory-saving variant, too")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="as for ctvae train")
     arguments = parser.parse_args()
     cfg, size = load_recipe("wavelet3d", arguments.settings), tuple(arguments.size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x = torch.rand(1, 1, *size, device=device) * 2 - 1
     steps = {"wavelet3d": Step(build(cfg.model, size), cfg, x), "AutoencoderKL": Step(Peer(size), cfg, x)}
+    if arguments.maisi:
+        steps["AutoencoderKlMaisi"] = Step(Peer(size, saving_memory=True), cfg, x)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(arguments.rounds + 1):
         for name, step in steps.items():
@@ -96,7 +111,8 @@ def main() -> None:
     medians = {name: statistics.median(measured[1:]) for name, measured in seconds.items()}
     for name, step in steps.items():
         print(f"| {name} | {step.parameters:.1f} M | {step.voxels_per_number:g} | {medians[name]:.2f} |")
-    print(f"\nratio {medians['AutoencoderKL'] / medians['wavelet3d']:.1f}")
+    for name in list(steps)[1:]:
+        print(f"\n{name}: {medians[name] / medians['wavelet3d']:.1f} times as long as wavelet3d")
 
 
 if __name__ == "__main__":

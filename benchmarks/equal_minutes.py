@@ -1,0 +1,188 @@
+"""Held-out PSNR after equal minutes of training, and after equal steps: `wavelet3d` against MONAI's AutoencoderKL.
+
+    python benchmarks/equal_minutes.py DATASET --minutes 30 --out FOLDER
+    python benchmarks/equal_minutes.py DATASET --minutes 30 --out FOLDER --only AutoencoderKL
+
+Both train on the same patches of the same groups, in the same order, with the same losses, optimiser, precision and batch; the
+cosine of the learning rate runs over each one's own minutes, of which reading, validation and start are no part. `equal steps` is
+`wavelet3d` trained from the beginning for as many steps as the peer came to. Judged are the averaged weights on the test groups,
+or on the middle 64 x 128 x 128 voxels of each (`--crop`), -1000..1000 HU. Results are kept in FOLDER and not measured twice.
+The peer (`step_speed.Peer`) has MAISI's sizes and as many latent numbers per voxel. Its optimiser is the better of ours and of
+Adam at MAISI's 1e-4 in a pilot of `--pilot` steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from step_speed import Peer
+from torch import Tensor, nn
+
+from ctvae.checkpoint import EMA, save
+from ctvae.config import Config, load_recipe, with_overrides
+from ctvae.dataset import Dataset
+from ctvae.device import generator, place
+from ctvae.models import build
+from ctvae.models.autoencoder import Autoencoder
+from ctvae.training.autoencoder import Objective
+from ctvae.training.groups import TrainingGroups, training_shape
+from ctvae.training.optimizer import build_optimizer
+
+REPORT_SECONDS = 120
+ADAM = ("autoencoder.optimizer=adam", "autoencoder.lr=1e-4")
+
+
+def train(
+    network: Autoencoder, cfg: Config, groups: TrainingGroups, progress_of: Callable[[int, float], float]
+) -> tuple[int, float]:
+    """Fit `network` until `progress_of(step, seconds)` is 1, and leave the averaged weights in it: steps and seconds taken."""
+    settings = cfg.autoencoder
+    place(network, torch.device("cpu"))
+    ema, optimizer = EMA(network, settings.ema_decay), build_optimizer(network, settings)
+    objective = Objective(network, settings, cfg.data.window_hu)
+    step, seconds, told = 0, 0.0, 0.0
+    while (progress := progress_of(step, seconds)) < 1:
+        x = groups.batch(settings.batch, cfg.seed, step)
+        start = time.perf_counter()
+        warm = min(1.0, (step + 1) / settings.warmup)
+        optimizer.param_groups[0]["lr"] = settings.lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+        objective.warm(progress)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
+            terms = objective(x, generator(cfg.seed, step))
+        loss = sum(terms.values())
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        ema.update(network, step)
+        seconds += time.perf_counter() - start
+        step += 1
+        if seconds - told > REPORT_SECONDS:
+            told = seconds
+            print(f"  step {step}, {seconds:.0f} s, loss {loss.item():.4f}", flush=True)
+    network.load_state_dict(ema.weights)
+    return step, seconds
+
+
+@torch.no_grad()
+def psnr_db(network: Autoencoder, groups: TrainingGroups, crop: tuple[int, int, int] | None) -> list[float]:
+    """Of each group, over -1..1."""
+    found = []
+    for index in range(len(groups)):
+        x = groups.plain(index)[None]
+        if crop is not None:
+            x = middle(x, crop)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = network.decode(network.encode(x)[0]).float().clamp(-1, 1)
+        found.append(10 * math.log10(4 / (y - x).square().mean().item()))
+    return found
+
+
+def middle(x: Tensor, size: tuple[int, int, int]) -> Tensor:
+    for axis, side in enumerate(size, start=2):
+        side = min(side, x.shape[axis])
+        x = x.narrow(axis, (x.shape[axis] - side) // 2, side)
+    return x
+
+
+class Bench:
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments, self.out = arguments, Path(arguments.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        patch, batch = f"data.patch={list(arguments.patch)}", f"autoencoder.batch={arguments.batch}"
+        self.cfg = load_recipe("wavelet3d", [patch, batch, *arguments.settings])
+        data = Dataset.open(Path(arguments.dataset))
+        shape = training_shape(data, self.cfg)
+        self.training, self.test = (TrainingGroups(data, data.groups(split), self.cfg.data, shape) for split in ("train", "test"))
+
+    def measured(self, name: str, measure: Callable[[], dict]) -> dict:
+        """What `measure` gives, from the folder if it was measured before."""
+        path = self.out / f"{name}.json"
+        if not path.exists():
+            print(name, flush=True)
+            path.write_text(json.dumps({"name": name, **measure()}))
+        found: dict = json.loads(path.read_text())
+        return found
+
+    def network(self, name: str) -> Autoencoder:
+        torch.manual_seed(self.cfg.seed)
+        patch = self.cfg.data.patch
+        assert patch is not None
+        if name == "AutoencoderKL":
+            return Peer(patch)
+        return build(self.cfg.model, patch)
+
+    def run(self, name: str, progress_of: Callable[[int, float], float], cfg: Config, label: str) -> dict:
+        network = self.network(name)
+        start = time.perf_counter()
+        steps, seconds = train(network, cfg, self.training, progress_of)
+        waited = time.perf_counter() - start - seconds
+        save(self.out / f"{label}.safetensors", network.state_dict(), {"config": cfg.model_dump(mode="json")})
+        return {
+            "steps": steps,
+            "seconds": seconds,
+            "reading_seconds": waited,
+            "psnr_db": psnr_db(network, self.test, self.arguments.crop),
+        }
+
+    def peer_config(self) -> Config:
+        """Ours, or with Adam at MAISI's learning rate, whichever is lower after the pilot."""
+        steps = self.arguments.pilot
+        if not steps:
+            return self.cfg
+        tried = {"ours": self.cfg, "adam": with_overrides(self.cfg, ADAM)}
+        results = {
+            label: self.measured(
+                f"pilot-{label}", lambda: self.run("AutoencoderKL", lambda step, _: step / steps, cfg, f"pilot-{label}")
+            )  # noqa: B023
+            for label, cfg in tried.items()
+        }
+        return tried[max(results, key=lambda label: mean(results[label]["psnr_db"]))]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--patch", type=int, nargs=3, default=(32, 64, 64), metavar=("D", "H", "W"))
+    parser.add_argument("--crop", type=int, nargs=3, default=(64, 128, 128), metavar=("D", "H", "W"))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--pilot", type=int, default=0, help="steps of the peer's pilot; 0: none, our optimiser")
+    parser.add_argument("--only", choices=("wavelet3d", "AutoencoderKL"))
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="as for ctvae train")
+    bench = Bench(parser.parse_args())
+    budget, only = 60 * bench.arguments.minutes, bench.arguments.only
+    rows = []
+    if only != "AutoencoderKL":
+        rows.append(bench.measured("wavelet3d", lambda: bench.run("wavelet3d", lambda _, s: s / budget, bench.cfg, "wavelet3d")))
+    if only != "wavelet3d":
+        cfg = bench.peer_config()
+        rows.append(
+            bench.measured("AutoencoderKL", lambda: bench.run("AutoencoderKL", lambda _, s: s / budget, cfg, "AutoencoderKL"))
+        )
+    if only is None:
+        steps, label = rows[1]["steps"], "wavelet3d, equal steps"
+        rows.append(bench.measured(label, lambda: bench.run("wavelet3d", lambda step, _: step / steps, bench.cfg, "equal-steps")))
+    patch = "x".join(map(str, bench.cfg.data.patch or ()))
+    print(
+        f"patches of {patch}, batch {bench.cfg.autoencoder.batch}, {torch.get_num_threads()} threads, {len(bench.test)} test groups"
+    )
+    print("| network | steps | minutes | PSNR dB, mean | of each group |\n|---|---|---|---|---|")
+    for row in rows:
+        each = ", ".join(f"{value:.1f}" for value in row["psnr_db"])
+        print(f"| {row['name']} | {row['steps']} | {row['seconds'] / 60:.1f} | {mean(row['psnr_db']):.2f} | {each} |")
+
+
+if __name__ == "__main__":
+    main()
