@@ -15,7 +15,7 @@ import resource
 import shutil
 import sys
 import time
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -81,6 +81,8 @@ def _prepare(pipe: Connection, folder: Path, workers: int) -> None:
     start = time.monotonic()
     prepare(folder / "scans", folder / "dataset", workers=workers)
     wall = time.monotonic() - start
+    for worker in active_children():  # only of those that have ended and were waited for is anything known
+        worker.join()
     mine, theirs = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     pipe.send(
         {
