@@ -35,11 +35,7 @@ def members(path: Path, most_bytes: int = files.MOST_JSON_BYTES) -> Iterator[tup
     if path.stat().st_size > most_bytes:
         raise ValueError(f"larger than {most_bytes} bytes")
     with path.open(encoding="utf-8") as file:
-        text = _Text(file)
-        try:
-            yield from _members(text)
-        except RecursionError as error:
-            raise ValueError("nested too deeply") from error
+        yield from _members(_Text(file))
 
 
 def _members(text: _Text) -> Iterator[tuple[str, Any]]:
@@ -103,6 +99,8 @@ class _Text:
         while True:
             try:
                 value, end = DECODER.raw_decode(self.text, self.place)
+            except RecursionError as error:
+                raise ValueError("nested too deeply") from error
             except ValueError:
                 if not self._more():
                     raise

@@ -235,7 +235,7 @@ def _prepare_all(jobs: _Jobs, workers: int | None, progress: Progress | None) ->
             if record["duplicate_of"] is not None:
                 originals[place] = record["duplicate_of"]
     wanted = set(originals.values())
-    there = {id for place in np.flatnonzero(current) if wanted and (id := jobs.done(place).id) in wanted}
+    there = {id for place in np.flatnonzero(current) if wanted and (id := jobs.done(int(place)).id) in wanted}
     for place, original in originals.items():
         current[place] = original in there  # or it is gone or has changed
     todo = np.flatnonzero(~current)
