@@ -51,9 +51,9 @@ def stop_at(monkeypatch, at: int) -> list[int]:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a finished run."""
-    files = sorted(run.glob("*.safetensors"))
+    files = sorted([*run.glob("*.safetensors"), *run.glob("latents*/*.safetensors")])
     assert len(files) >= 6  # autoencoder, latents of two splits, four priors, less what is not there
-    return {f"{path.stem}/{name}": value for path in files for name, value in load(path)[0].items()}
+    return {f"{path.relative_to(run)}/{name}": value for path in files for name, value in load(path)[0].items()}
 
 
 def assert_same_weights(first: Path, second: Path) -> None:

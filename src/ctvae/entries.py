@@ -23,6 +23,7 @@ from ctvae.errors import InputError
 CHUNK = 2**16  # characters
 PER_BLOCK = 64  # entries that are packed together
 BLANKS = re.compile(r"[ \t\n\r]*")
+GOES_ON = "0123456789.eE+-"  # after what could be a whole number: 1 of 1.5
 DECODER = json.JSONDecoder()
 
 
@@ -105,9 +106,10 @@ class _Text:
                 if not self._more():
                     raise
                 continue
-            if end < len(self.text) or not self._more():  # a number may go on
-                self.place = end
-                return value
+            if self.text[end : end + 1] in GOES_ON and self._more():
+                continue  # "" is in it, too: what ends with the text may be the beginning of a number
+            self.place = end
+            return value
 
     def _more(self) -> bool:
         """Reads on, as much again as is waiting at least, so that a long value is not begun too often."""

@@ -103,7 +103,10 @@ class Known:
     def nearest(self, rows: Tensor) -> Tensor:
         """Distance of each row [n P] from the nearest training group: [n]."""
         parts = self._read() if self._held is None else [self._held]
-        return torch.stack([torch.cdist(rows, part).amin(1) for part in parts]).amin(0)
+        least = torch.full((len(rows),), math.inf)
+        for part in parts:
+            torch.minimum(least, torch.cdist(rows, part).amin(1), out=least)
+        return least
 
     def _read(self) -> Iterator[Tensor]:
         """[b P] each."""
