@@ -18,6 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -131,17 +132,16 @@ class Bench:
             "psnr_db": psnr_db(network, self.test, self.arguments.crop),
         }
 
+    def pilot(self, cfg: Config, label: str) -> dict:
+        return self.run("AutoencoderKL", lambda step, _: step / self.arguments.pilot, cfg, label)
+
     def peer_config(self) -> Config:
         """Ours, or with Adam at MAISI's learning rate, whichever is lower after the pilot."""
-        steps = self.arguments.pilot
-        if not steps:
+        if not self.arguments.pilot:
             return self.cfg
         tried = {"ours": self.cfg, "adam": with_overrides(self.cfg, ADAM)}
         results = {
-            label: self.measured(
-                f"pilot-{label}", lambda: self.run("AutoencoderKL", lambda step, _: step / steps, cfg, f"pilot-{label}")
-            )  # noqa: B023
-            for label, cfg in tried.items()
+            label: self.measured(f"pilot-{label}", partial(self.pilot, cfg, f"pilot-{label}")) for label, cfg in tried.items()
         }
         return tried[max(results, key=lambda label: mean(results[label]["psnr_db"]))]
 
@@ -175,9 +175,8 @@ def main() -> None:
         steps, label = rows[1]["steps"], "wavelet3d, equal steps"
         rows.append(bench.measured(label, lambda: bench.run("wavelet3d", lambda step, _: step / steps, bench.cfg, "equal-steps")))
     patch = "x".join(map(str, bench.cfg.data.patch or ()))
-    print(
-        f"patches of {patch}, batch {bench.cfg.autoencoder.batch}, {torch.get_num_threads()} threads, {len(bench.test)} test groups"
-    )
+    batch = bench.cfg.autoencoder.batch
+    print(f"patches of {patch}, batch {batch}, {torch.get_num_threads()} threads, {len(bench.test)} test groups")
     print("| network | steps | minutes | PSNR dB, mean | of each group |\n|---|---|---|---|---|")
     for row in rows:
         each = ", ".join(f"{value:.1f}" for value in row["psnr_db"])

@@ -42,9 +42,10 @@ from ctvae.planning.sizes import parse_size, written
 from ctvae.planning.workspace import Kernels
 from ctvae.runlog import Run
 from ctvae.training.autoencoder import VALIDATION_GROUPS, train_autoencoder
+from ctvae.training.encoding import encode_groups
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.polish import polish_decoder
-from ctvae.training.prior import encode_groups, train_prior
+from ctvae.training.prior import train_prior
 from ctvae.volume import Volume
 
 PROMPT_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -149,7 +150,8 @@ def work(setting: Setting, size: Size3, folder: Path) -> dict[str, int]:
 def encoded(folder: Path, cfg: Config, groups: TrainingGroups) -> LatentSet:
     network = build(cfg.model, groups.shape)
     network.load_state_dict(load(folder / "autoencoder.safetensors")[0])
-    return encode_groups(network.eval(), groups, cfg.prior, cfg.seed, cfg.autoencoder.precision)
+    encode_groups(network.eval(), groups, cfg.prior, cfg.seed, folder / "latents", cfg.autoencoder.precision)
+    return LatentSet.load(folder / "latents")
 
 
 def random_groups(cfg: Config, hu: np.ndarray) -> TrainingGroups:

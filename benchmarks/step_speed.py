@@ -1,6 +1,6 @@
 """Time of a training step of `wavelet3d` against MONAI's AutoencoderKL as MAISI sizes it, turn by turn in one process.
 
-Beside them AutoencoderKlMaisi, MONAI's memory-saving variant: the same layers, convolutions cut into two parts each, checkpointing.
+With --maisi also AutoencoderKlMaisi, MONAI's memory-saving variant: the same layers, convolutions in two parts, checkpointing.
 
     python benchmarks/step_speed.py                          # 64 x 128 x 128, the recipe's precision
     python benchmarks/step_speed.py --size 32 64 64 --rounds 5

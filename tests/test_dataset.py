@@ -98,7 +98,7 @@ def test_no_path_of_this_machine_is_written(made):
         (lambda ds: (ds / "dataset.json").unlink(), "not a finished dataset"),
         (lambda ds: (ds / "dataset.json").write_text('{"format": 1,'), "damaged"),
         (lambda ds: (ds / "dataset.json").write_bytes(b"\xff\xfe\x00"), "damaged"),
-        (lambda ds: (ds / "dataset.json").write_text("[1]"), "format version None"),
+        (lambda ds: (ds / "dataset.json").write_text("[1]"), "damaged"),
         (lambda ds: edited(ds, lambda content: content.update(format=99)), "format version 99, this ctvae reads 1"),
         (lambda ds: edited(ds, lambda content: content.pop("groups")), "damaged .KeyError: 'groups'"),
         (lambda ds: edited(ds, lambda content: content["groups"][0].pop("shape")), "damaged"),

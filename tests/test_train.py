@@ -51,9 +51,9 @@ def stop_at(monkeypatch, at: int) -> list[int]:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a finished run."""
-    files = sorted(run.glob("*.safetensors"))
+    files = sorted([*run.glob("*.safetensors"), *run.glob("latents*/*.safetensors")])
     assert len(files) >= 6  # autoencoder, latents of two splits, four priors, less what is not there
-    return {f"{path.stem}/{name}": value for path in files for name, value in load(path)[0].items()}
+    return {f"{path.relative_to(run)}/{name}": value for path in files for name, value in load(path)[0].items()}
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
@@ -134,7 +134,7 @@ def stop_in_polish(monkeypatch, at: int) -> None:
 def begun(finished: Path, run: Path) -> None:
     """A copy of a finished run as it was before its prior."""
     shutil.copytree(finished, run)
-    for path in [*run.glob("prior-*"), *run.glob("latents*"), *run.glob("logs/*")]:
+    for path in [*run.glob("prior-*"), *run.glob("latents*/*"), *run.glob("logs/*")]:
         path.unlink()
     text = (run / "run.json").read_text()
     (run / "run.json").write_text(text.replace('"prior"', '"was prior"'))
@@ -175,7 +175,7 @@ def test_a_finished_run_is_left_alone(tiny_dataset, tiny_run, tiny_settings, mon
 
 def test_a_finished_run_holds_what_the_formats_page_says(tiny_run):
     names = {path.name for path in tiny_run.iterdir()}
-    assert {"config.yaml", "run.json", "autoencoder.safetensors", "latents.safetensors", "logs", "previews"} <= names
+    assert {"config.yaml", "run.json", "autoencoder.safetensors", "latents", "logs", "previews"} <= names
     assert {f"prior-{name}.safetensors" for name in ("flow", "normal", "gaussian", "mixture")} <= names
     assert list((tiny_run / "checkpoints").iterdir()) == []
     _, meta = load(tiny_run / "autoencoder.safetensors")
@@ -185,7 +185,7 @@ def test_a_finished_run_holds_what_the_formats_page_says(tiny_run):
 
 def test_the_stored_code_standardises_the_stored_latents(tiny_run):
     tensors, _ = load(tiny_run / "prior-flow.safetensors")
-    fitted = LatentCode.fit(LatentSet.load(tiny_run / "latents.safetensors"))
+    fitted = LatentCode.fit(LatentSet.load(tiny_run / "latents"))
     for name in ("shift", "scale"):
         assert torch.equal(tensors[f"code.{name}"], fitted.tensors[name])
 
@@ -193,7 +193,7 @@ def test_the_stored_code_standardises_the_stored_latents(tiny_run):
 def test_the_stored_flow_starts_from_the_moments_of_posterior_samples(tiny_run):
     """Mean and variance of every number, against those of many samples."""
     tensors, meta = load(tiny_run / "prior-flow.safetensors")
-    latents = LatentSet.load(tiny_run / "latents.safetensors")
+    latents = LatentSet.load(tiny_run / "latents")
     random = torch.Generator().manual_seed(0)
     code = LatentCode.fit(latents)
     draws = torch.cat([code.encode(latents.posterior_sample(list(range(len(latents))), random)) for _ in range(200)]).flatten(1)

@@ -13,13 +13,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ctvae import files, nifti
+from ctvae.entries import Packed, members
 from ctvae.errors import InputError
 from ctvae.volume import Volume
 
@@ -28,7 +32,7 @@ FILE = "dataset.json"
 SPLITS = ("train", "validation", "test")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Group:
     """One block of consecutive axial slices of one scan."""
 
@@ -45,21 +49,21 @@ class Group:
     source: str  # the scan, relative to the source it was found in
     sha256: str  # of the voxels
 
-    def as_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "affine": self.affine.tolist()}
-
 
 class Dataset:
-    """A prepared dataset, opened with `Dataset.open(folder)`."""
+    """A prepared dataset, opened with `Dataset.open(folder)`.
+
+    Its entries are kept compressed; groups become objects when they are first asked for.
+    """
 
     def __init__(self, folder: Path, content: dict[str, Any]):
         self.folder = folder
-        self._groups = sorted((_group(entry) for entry in content["groups"]), key=lambda group: group.id)
         self.settings: dict[str, Any] = _of_type(content, "settings", dict)
         self.measured: dict[str, Any] = _of_type(content, "measured", dict)
-        self.scans: list[dict[str, Any]] = _of_type(content, "scans", list)
-        self.rejected: list[dict[str, str]] = _of_type(content, "rejected", list)
-        self.notes: list[str] = _of_type(content, "notes", list)
+        self.scans: Sequence[dict[str, Any]] = _of_type(content, "scans", Packed)
+        self.rejected: list[dict[str, str]] = list(_of_type(content, "rejected", Packed))
+        self.notes: list[str] = list(_of_type(content, "notes", Packed))
+        self._entries: Packed = _of_type(content, "groups", Packed)
 
     @classmethod
     def open(cls, path: Path | str) -> Dataset:
@@ -71,22 +75,24 @@ class Dataset:
         if not file.is_file():
             raise InputError(f"{folder}: not a finished dataset ({FILE} is missing); run `ctvae prepare` on it (again)")
         try:
-            content = files.read_json(file)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: damaged ({str(error).splitlines()[0]}); run `ctvae prepare` again") from error
-        version = content.get("format") if isinstance(content, dict) else None
-        if version != FORMAT:
-            raise InputError(f"{file}: format version {version!r}, this ctvae reads {FORMAT}; prepare the scans again")
-        try:
-            return cls(folder, content)
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            return cls(folder, _read(file))
+        except (AttributeError, KeyError, OSError, OverflowError, TypeError, ValueError) as error:
             raise InputError(f"{file}: damaged ({_short(error)}); run `ctvae prepare` again") from error
+
+    @cached_property
+    def _groups(self) -> list[Group]:
+        known: dict[Any, Any] = {}  # texts and tuples that many groups share
+        return sorted((_group(entry, known) for entry in self._entries), key=lambda group: group.id)
 
     def groups(self, split: str | None = None) -> list[Group]:
         """The groups of one split, or all, sorted by id. Raises InputError for an unknown split."""
         if split is not None and split not in SPLITS:
             raise InputError(f"split '{split}' is not one of {', '.join(SPLITS)}")
         return [group for group in self._groups if split in (None, group.split)]
+
+    def splits(self) -> dict[str, str]:
+        """Which split each patient is in."""
+        return {entry["patient"]: entry["split"] for entry in self._entries}
 
     def hu(self, group: Group) -> np.ndarray:
         """int16 HU [D H W], memory-mapped copy-on-write. Raises InputError when the file is missing or damaged."""
@@ -119,50 +125,107 @@ class Dataset:
     @property
     def summary(self) -> dict[str, Any]:
         """What was measured, how many groups and patients each split has, rejects by reason, and notes."""
+        groups = Counter(entry["split"] for entry in self._entries)
+        patients = Counter(split for _, split in {(entry["patient"], entry["split"]) for entry in self._entries})
         return {
-            "groups": {split: len(self.groups(split)) for split in SPLITS},
-            "patients": {split: len({group.patient for group in self.groups(split)}) for split in SPLITS},
+            "groups": {split: groups[split] for split in SPLITS},
+            "patients": {split: patients[split] for split in SPLITS},
             "rejected": self.rejected,
             "notes": self.notes,
             **self.measured,
         }
 
 
-def save(folder: Path, content: dict[str, Any]) -> None:
+def save(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `dataset.json`, one line per group, scan and reject; left alone when it says the same already.
 
-    Raises InputError when it cannot be written.
+    Lists may be any iterables that can be gone through twice. Raises InputError when it cannot be written.
     """
-    lines = [f" {json.dumps(key)}: {_laid_out(value)}" for key, value in {"format": FORMAT, **content}.items()]
-    text = "{\n" + ",\n".join(lines) + "\n}\n"
     file = folder / FILE
-    if not file.is_file() or file.read_text(encoding="utf-8") != text:
-        files.write_text(file, text)
+    if not _says(file, _text(content)):
+        files.write_pieces(file, _text(content))
 
 
-def _laid_out(value: Any) -> str:
+def _says(file: Path, text: Iterable[str]) -> bool:
+    """Whether that is what the file holds."""
+    if not file.is_file():
+        return False
+    try:
+        with file.open(encoding="utf-8", newline="") as held:
+            return all(held.read(len(piece)) == piece for piece in text) and not held.read(1)
+    except ValueError:
+        return False
+
+
+def _text(content: Mapping[str, Any]) -> Iterator[str]:
+    """The file, in pieces."""
+    before = "{\n"
+    for key, value in {"format": FORMAT, **content}.items():
+        yield f"{before} {json.dumps(key)}: "
+        yield from _laid_out(value)
+        before = ",\n"
+    yield "\n}\n"
+
+
+def _laid_out(value: Any) -> Iterator[str]:
     """A list or mapping with one entry per line, each entry on one line."""
-    if isinstance(value, list) and value:
-        rows = [json.dumps(entry, ensure_ascii=False) for entry in value]
-        return "[\n  " + ",\n  ".join(rows) + "\n ]"
-    if isinstance(value, dict) and value:
-        rows = [f"{json.dumps(key)}: {json.dumps(entry, ensure_ascii=False)}" for key, entry in value.items()]
-        return "{\n  " + ",\n  ".join(rows) + "\n }"
-    return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        yield from _lines((f"{json.dumps(key)}: {json.dumps(entry, ensure_ascii=False)}" for key, entry in value.items()), "{}")
+    elif isinstance(value, Iterable) and not isinstance(value, str):
+        yield from _lines((json.dumps(entry, ensure_ascii=False) for entry in value), "[]")
+    else:
+        yield json.dumps(value, ensure_ascii=False)
+
+
+def _lines(rows: Iterable[str], brackets: str) -> Iterator[str]:
+    before, end = f"{brackets[0]}\n  ", brackets
+    for row in rows:
+        yield before + row
+        before, end = ",\n  ", f"\n {brackets[1]}"
+    yield end
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What `dataset.json` says, its lists packed, its groups checked. Raises as `members` and `_group`, and InputError."""
+    content: dict[str, Any] = {}
+    for key, value in members(file):
+        if isinstance(value, Iterator):
+            content[key] = Packed(_checked(value) if key == "groups" else value)
+            continue
+        content[key] = value
+        if key == "format" and value != FORMAT:
+            break
+    version = content.get("format")
+    if version != FORMAT:
+        raise InputError(f"{file}: format version {version!r}, this ctvae reads {FORMAT}; prepare the scans again")
+    return content
+
+
+def _checked(entries: Iterable[Any]) -> Iterator[Any]:
+    for entry in entries:
+        _group(entry, {})
+        yield entry
 
 
 def _of_type(content: dict[str, Any], key: str, kind: type) -> Any:
     if not isinstance(content[key], kind):
-        raise ValueError(f"'{key}' is no {kind.__name__}")
+        raise ValueError(f"'{key}' is no {'list' if kind is Packed else kind.__name__}")
     return content[key]
 
 
-def _group(entry: dict[str, Any]) -> Group:
+def _group(entry: dict[str, Any], known: dict[Any, Any]) -> Group:
+    """An entry as an object; what it has in common with those in `known` is kept once."""
+
+    def shared(key: str, value: Any) -> Any:
+        return known.setdefault((key, value), value)
+
     group = Group(
         **{
             **entry,
-            "shape": tuple(int(n) for n in entry["shape"]),
-            "spacing_mm": tuple(float(step) for step in entry["spacing_mm"]),
+            "patient": shared("patient", entry["patient"]),
+            "split": shared("split", entry["split"]),
+            "shape": shared("shape", tuple(int(n) for n in entry["shape"])),
+            "spacing_mm": shared("spacing_mm", tuple(float(step) for step in entry["spacing_mm"])),
             "affine": np.array(entry["affine"], dtype=np.float64),
             "position": float(entry["position"]),
         }

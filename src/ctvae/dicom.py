@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -154,8 +155,9 @@ def _dicom_files(folder: Path) -> list[Path]:
     """Files with the DICOM mark at byte 128, whatever their name."""
     found = []
     try:
-        for path in sorted(folder.iterdir()):
-            if path.is_file() and not path.name.startswith("."):
+        for name in sorted(os.listdir(folder)):
+            path = folder / name
+            if not name.startswith(".") and path.is_file():
                 with path.open("rb") as file:
                     if file.read(132)[128:] == b"DICM":
                         found.append(path)

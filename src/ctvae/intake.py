@@ -119,8 +119,17 @@ def delete_groups(out: Path, record: Record, keep: Record) -> None:
 
 def fingerprint(scan: Found, settings: Settings, label_path: Path | None) -> str:
     """Changes when a file's size or date changes, and with the settings."""
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in [*scan.files, label_path] if path]
+    stats = [(path.name, *_size_and_date(path)) for path in [*scan.files, label_path] if path]
     return hashlib.sha256(repr((scan.name, scan.series, stats, settings)).encode()).hexdigest()
+
+
+def _size_and_date(path: Path) -> tuple[int, int]:
+    """In bytes and nanoseconds; of a file that has vanished since it was found, what no file has."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _prepared(job: Job) -> Record:

@@ -1,27 +1,46 @@
-"""The training groups' latents, and the one place where latents are shifted and scaled.
+"""The training groups' latents, on disk and read by rows, and the one place where latents are shifted and scaled.
+
+    run/latents/    000000000.safetensors, 000000512.safetensors, ...: shards, each called by its first row
+
+Runs of earlier versions have all of them in one file, run/latents.safetensors, which is read in the same way.
 
 Shapes:  N groups x encodings   B batch   Z latent channels   d h w latent voxels   K conditions
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ctvae.checkpoint import load, save
+from ctvae import files
+from ctvae.checkpoint import save
 from ctvae.conditions import BEFORE_NAMES, Columns
-from ctvae.device import batch_indices
+from ctvae.device import batch_indices, generator
+from ctvae.errors import ModelError
+from ctvae.shards import Rows, blocks, opened
+
+MOST_SHARD_BYTES = 2**26
+BLOCK_NUMBERS = 2**22  # that are looked at at a time
+MOST_FITTED = 2000  # rows that a closed form is fitted to
+MOST_FITTED_NUMBERS = 2**28  # in all of them: 1 GiB in float32
+LARGE = ("means", "logvars")
 
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Posterior moments of every training group, several augmented encodings each, and what the prior may be told."""
+    """Posterior moments of every training group, several augmented encodings each, and what the prior may be told.
 
-    means: Tensor  # [N Z d h w] or [N n Z], float16
-    logvars: Tensor  # like means
+    Means and log variances are tensors, or rows on disk, of which what is asked for is read.
+    """
+
+    means: Tensor | Rows  # [N Z d h w] or [N n Z], float16
+    logvars: Tensor | Rows  # like means
     conditions: Tensor  # [N K] in their own units
     groups: list[str]  # N group ids
     names: tuple[str, ...] = BEFORE_NAMES  # of the K conditions
@@ -30,33 +49,69 @@ class LatentSet:
     def __len__(self) -> int:
         return len(self.means)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one latent."""
+        return tuple(self.means.shape[1:])
+
+    def chosen(self, indices: Sequence[int]) -> LatentSet:
+        """The encodings `indices`; of rows on disk none is read."""
+        rows = list(indices)
+        lengths = None if self.scan_mm is None else self.scan_mm[rows]
+        means, logvars = (large.chosen(rows) if isinstance(large, Rows) else large[rows] for large in (self.means, self.logvars))
+        return LatentSet(means, logvars, self.conditions[rows], [self.groups[i] for i in rows], self.names, lengths)
+
     def plain(self) -> LatentSet:
         """The first encoding of every group, which is not augmented."""
-        first = [self.groups.index(group) for group in dict.fromkeys(self.groups)]
-        lengths = None if self.scan_mm is None else self.scan_mm[first]
-        ids = [self.groups[i] for i in first]
-        return LatentSet(self.means[first], self.logvars[first], self.conditions[first], ids, self.names, lengths)
+        first: dict[str, int] = {}
+        for row, group in enumerate(self.groups):
+            first.setdefault(group, row)
+        return self.chosen(list(first.values()))
+
+    def for_fitting(self) -> LatentSet:
+        """What a closed form is fitted to: all, or `most_fitted` of them drawn at random, always the same."""
+        most = most_fitted(len(self), self.shape)
+        if most == len(self):
+            return self
+        order = torch.randperm(len(self), generator=generator(0, len(self), stream=19))
+        return self.chosen(order[:most].sort().values.tolist())
+
+    def blocks(self) -> Iterator[slice]:
+        """All rows, some at a time."""
+        return blocks(len(self), max(1, BLOCK_NUMBERS // math.prod(self.shape)))
 
     def posterior_sample(self, indices: list[int], random: torch.Generator) -> Tensor:
         """Fresh samples of the encodings `indices`, float32."""
         mean, logvar = self.means[indices].float(), self.logvars[indices].float()
         return mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=random)
 
-    def batch(self, batch: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Posterior means and standard deviations [B ...] and conditions [B K] of step `step`."""
+    def batch(self, batch: int, seed: int, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+        """Posterior means and standard deviations [b ...] of the `rows` of step `step`, and the conditions [B K] of all of it."""
         indices = batch_indices(len(self), batch, seed, step)
-        return self.means[indices].float(), (0.5 * self.logvars[indices].float()).exp(), self.conditions[indices]
+        means, logvars = self.means[indices[rows]].float(), self.logvars[indices[rows]].float()
+        return means, (0.5 * logvars).exp(), self.conditions[indices]
 
-    def save(self, path: Path) -> None:
-        tensors = {"means": self.means, "logvars": self.logvars, "conditions": self.conditions}
+    def save(self, path: Path, **meta: Any) -> None:
+        """In one file, with `meta` in its description."""
+        tensors = {"means": self.means[:], "logvars": self.logvars[:], "conditions": self.conditions}
         tensors |= {"scan_mm": self.scan_mm} if self.scan_mm is not None else {}
-        save(path, tensors, {"groups": self.groups, "conditions": self.names})
+        save(path, tensors, {"groups": self.groups, "conditions": self.names, **meta})
 
     @classmethod
     def load(cls, path: Path) -> LatentSet:
-        tensors, meta = load(path)
-        names, scan_mm = tuple(meta.get("conditions", BEFORE_NAMES)), tensors.get("scan_mm")
-        return cls(tensors["means"], tensors["logvars"], tensors["conditions"], meta["groups"], names, scan_mm)
+        """A file, or a folder of shards. Raises ModelError where they are missing, damaged or not all there."""
+        shards = [_opened(file) for file in (written(path) if path.is_dir() else [path])]
+        count = shards[0][2].get("count", len(shards[0][0])) if shards else 1
+        if sum(len(shard) for shard, _, _ in shards) != count:
+            raise ModelError(f"{path}: not all latents are there; delete it, and training encodes the groups again")
+        sets = [shard for shard, _, _ in shards]
+        means, logvars = (Rows([stretches[name] for _, stretches, _ in shards]) for name in LARGE)
+        lengths = [shard.scan_mm for shard in sets if shard.scan_mm is not None]
+        groups = [group for shard in sets for group in shard.groups]
+        return cls(
+            means, logvars, torch.cat([shard.conditions for shard in sets]), groups, sets[0].names,
+            torch.cat(lengths) if len(lengths) == len(sets) else None,
+        )  # fmt: skip
 
     def with_columns(self, columns: Columns) -> LatentSet:
         """Told a user's columns as well."""
@@ -67,6 +122,92 @@ class LatentSet:
         """What a prior file keeps of the conditions: `Known.from_file` reads it."""
         lengths = {} if self.scan_mm is None else {"conditions.scan_mm": self.scan_mm}
         return {"conditions.known": self.conditions, **lengths}
+
+
+def most_fitted(count: int, shape: Sequence[int]) -> int:
+    """How many of `count` latents of `shape` a closed form is fitted to."""
+    return min(count, MOST_FITTED, max(2, MOST_FITTED_NUMBERS // math.prod(shape)))
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------------
+
+
+def written(folder: Path) -> list[Path]:
+    """The shards from the first row on, up to the first that is missing."""
+    found, rows = [], 0
+    while (path := _shard(folder, rows)).is_file():
+        found.append(path)
+        rows += len(_opened(path)[0])
+    return found
+
+
+def is_complete(path: Path) -> bool:
+    """Whether all latents are in the file or folder `path`."""
+    if path.is_file():
+        return True
+    shards = written(path)
+    metas = [_opened(shard) for shard in shards]
+    return bool(shards) and sum(len(shard) for shard, _, _ in metas) == metas[0][2]["count"]
+
+
+def _shard(folder: Path, row: int) -> Path:
+    return folder / f"{row:09d}.safetensors"
+
+
+def _opened(path: Path) -> tuple[LatentSet, dict[str, Any], dict[str, Any]]:
+    """One file's latents, where their rows lie, and its description."""
+    stretches, small, meta = opened(path, LARGE)
+    means, logvars = stretches["means"], stretches["logvars"]
+    names, groups = tuple(meta.get("conditions", BEFORE_NAMES)), meta.get("groups", ())
+    conditions = small.get("conditions", torch.empty(0, 0))
+    if means.shape != logvars.shape or {len(groups), len(conditions)} != {means.shape[0]}:
+        raise ModelError(f"{path}: its rows do not match; delete it, and training encodes the groups again")
+    latents = LatentSet(Rows([means]), Rows([logvars]), conditions, list(groups), names, small.get("scan_mm"))
+    return latents, stretches, meta
+
+
+class Writer:
+    """Latents on their way into the shards of `folder`, in order of their rows. A writer that was killed goes on.
+
+    `whole` says of all rows what is not encoded: groups and conditions' names. `of` says what they are encoded by.
+    """
+
+    def __init__(self, folder: Path, groups: list[str], scan_mm: Tensor, names: tuple[str, ...], of: str):
+        self.folder, self.groups, self.scan_mm, self.names, self.of = folder, groups, scan_mm, names, of
+        self.done = 0  # rows on disk
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def begun(self) -> int:
+        """How many rows are on disk; shards of something else are deleted."""
+        for path in written(self.folder):
+            latents, _, meta = _opened(path)
+            end = self.done + len(latents)
+            if (meta.get("of"), meta.get("count"), latents.groups) != (self.of, len(self.groups), self.groups[self.done : end]):
+                break
+            self.done = end
+        for path in self.folder.glob("[0-9]*.safetensors"):
+            if int(path.stem) >= self.done:
+                path.unlink()
+        files.sweep(self.folder)
+        return self.done
+
+    def add(self, means: Tensor, logvars: Tensor, conditions: Tensor) -> None:
+        """The next rows; those beyond the last are dropped."""
+        room = len(self.groups) - self.done - len(self._waiting)
+        self._waiting += list(zip(means[:room], logvars[:room], conditions[:room], strict=True))
+        waiting_bytes = 2 * len(self._waiting) * means[0].numel() * means.element_size()
+        if self._waiting and (waiting_bytes >= MOST_SHARD_BYTES or self.done + len(self._waiting) == len(self.groups)):
+            self._write()
+
+    def _write(self) -> None:
+        rows = slice(self.done, self.done + len(self._waiting))
+        means, logvars, conditions = (torch.stack(column) for column in zip(*self._waiting, strict=True))
+        shard = LatentSet(means, logvars, conditions, self.groups[rows], self.names, self.scan_mm[rows])
+        shard.save(_shard(self.folder, self.done), count=len(self.groups), of=self.of)
+        self.done, self._waiting = rows.stop, []
+
+
+# --- to unit variance and back ------------------------------------------------------------------------------------------------
 
 
 class LatentCode:
@@ -80,10 +221,16 @@ class LatentCode:
 
     @classmethod
     def fit(cls, latents: LatentSet) -> LatentCode:
-        means, variances = latents.means.float(), latents.logvars.float().exp()
-        axes = (0, 2, 3, 4) if means.ndim == 5 else (0,)
-        scale = (means.var(axes, correction=0) + variances.mean(axes)).sqrt().clamp_min(1e-6)
-        return cls({"shift": means.mean(axes), "scale": scale})
+        """In one pass over the rows, in float64."""
+        axes = (0, 2, 3, 4) if latents.means.ndim == 5 else (0,)
+        sums = [torch.zeros(()), torch.zeros(()), torch.zeros(())]
+        for rows in latents.blocks():
+            means, variances = latents.means[rows].double(), latents.logvars[rows].double().exp()
+            sums = [total + part.sum(axes) for total, part in zip(sums, (means, means.square(), variances), strict=True)]
+        count = len(latents) * math.prod(latents.shape) // sums[0].numel()
+        shift, square, variance = (total / count for total in sums)
+        scale = ((square - shift.square()).clamp_min(0) + variance).sqrt().clamp_min(1e-6)
+        return cls({"shift": shift.float(), "scale": scale.float()})
 
     def encode(self, z: Tensor) -> Tensor:
         """Latents [B Z d h w] or [B N Z] -> [B Z d h w] or, for vectors, [B N*Z]."""

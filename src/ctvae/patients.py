@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +24,10 @@ class Patients:
 
     def __init__(self, found: Sequence[Found], pattern: str | None, known: dict[str, str] | None):
         self.pattern, self.known = pattern, known
-        folders: dict[tuple[Path, str], set[Path]] = {}
-        for scan in found:
-            folders.setdefault((scan.root, scan.stem), set()).add(scan.path.parent)
-        self.ambiguous = {key for key, where in folders.items() if len(where) > 1}  # such as s001/ct.nii, s002/ct.nii
+        pairs = ((_number(scan.root, scan.stem), _number(scan.path.parent)) for scan in found)
+        where = np.fromiter((number for pair in pairs for number in pair), np.uint64).reshape(-1, 2)  # [N 2]
+        names, folders = np.unique(np.unique(where, axis=0)[:, 0], return_counts=True)
+        self.ambiguous = set(names[folders > 1].tolist())  # such as s001/ct.nii, s002/ct.nii
 
     def of(self, scan: Found, header: str | None) -> str:
         """The patient of `scan`; `header` is its hashed DICOM PatientID.
@@ -43,8 +44,13 @@ class Patients:
             if not (match and match[1]):
                 raise ScanRejected(f"patient unknown: the file name does not match '{self.pattern}'")
             return match[1]
-        ambiguous = (scan.root, scan.stem) in self.ambiguous
+        ambiguous = _number(scan.root, scan.stem) in self.ambiguous
         return header or (without_suffix(scan.name) if ambiguous else scan.stem)
+
+
+def _number(*names: Path | str) -> int:
+    """For the names: eight bytes, where names of very many scans would take much memory."""
+    return int.from_bytes(hashlib.sha256(b"\0".join(map(os.fsencode, names))).digest()[:8], "big")
 
 
 def told_apart_by(pattern: str | None, patient_csv: Path | str | None) -> str:

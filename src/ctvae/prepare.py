@@ -1,7 +1,8 @@
 """Scans in, dataset out: read, check, crop, resample, cut into groups of slices, split by patient.
 
 Every scan leaves a record in `scans/` once all its groups are on disk, so that an interrupted run goes on where it
-stopped and a second run does nothing. `dataset.json` is put together from the records and written last.
+stopped and a second run does nothing. `dataset.json` is put together from the records and written last, an entry at a time:
+of very many scans little more than their names is in memory.
 """
 
 from __future__ import annotations
@@ -11,23 +12,22 @@ import json
 import os
 import re
 import secrets
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
-from ctvae import __version__, files
+from ctvae import files
+from ctvae.catalogue import Catalogue
 from ctvae.dataset import FORMAT, Dataset, save
 from ctvae.errors import InputError, ScanRejected
 from ctvae.intake import (
-    HISTOGRAM_HU,
     Job,
     Record,
     Settings,
@@ -37,15 +37,14 @@ from ctvae.intake import (
     prepare_scan,
     read_record,
 )
-from ctvae.patients import Patients, assign, known_patients, told_apart_by
-from ctvae.preprocess import BODY_HU, RESTS
+from ctvae.patients import Patients, known_patients, told_apart_by
+from ctvae.preprocess import RESTS
 from ctvae.scan import PREPARED_MARK, Found, find_scans, label_folders, without_suffix
 
 Progress = Callable[[int, int, str], None]  # done, total, what was just finished
 EARLIER_SALT = "ctvae patient"  # of datasets that were begun before each had its own
 SALT = re.compile(r"[\w ]{1,64}", re.ASCII)
 AHEAD = 8  # jobs per worker that wait in its queue
-PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
 
 
 def prepare(
@@ -97,17 +96,16 @@ def prepare(
     out = Path(out)
     salt = _claimed(out, settings, patients_of)
     _sweep(out)
-    jobs = _jobs(found, out, settings, label_dirs, salt)
-    records = _without_duplicates(jobs, _records(jobs, workers, progress))
-    content = _content(jobs, records, Patients(found, patient_pattern, known))
-    if not content["groups"]:
-        first = content["rejected"][0]
-        raise InputError(f"all {len(jobs)} scans were rejected, the first, {first['source']}: {first['reason']}")
-    unsearched = [folder for folder in label_folders(sources) if folder not in label_dirs]
-    content["notes"] += [f"not searched: {folder.parent.resolve().name}/{folder.name}" for folder in unsearched]
-    save(out, content)
+    _prepare_all(jobs := _Jobs(found, out, settings, label_dirs, salt), workers, progress)
+    with Catalogue(out, settings) as catalogue:
+        _gather(catalogue, jobs, Patients(found, patient_pattern, known))
+        if not len(catalogue):
+            first = catalogue.rejected[0]
+            raise InputError(f"all {len(jobs)} scans were rejected, the first, {first['source']}: {first['reason']}")
+        unsearched = [folder for folder in label_folders(sources) if folder not in label_dirs]
+        save(out, catalogue.content([f"not searched: {folder.parent.resolve().name}/{folder.name}" for folder in unsearched]))
     _sweep(out)  # of an earlier run's workers that were still dying when this one began
-    del found, jobs, records, content  # of many scans, not to be held beside what is opened
+    del found, jobs, catalogue  # of many scans, not to be held beside what is opened
     return Dataset.open(out)
 
 
@@ -176,16 +174,39 @@ def _begun(mark: Path) -> dict[str, Any]:
     return begun
 
 
-def _jobs(found: list[Found], out: Path, settings: Settings, label_dirs: list[Path], salt: str) -> list[Job]:
-    jobs, taken = [], set()
-    for scan in found:
-        name = _id(scan)
-        if name.lower() in taken:  # the same name in two sources, or as .nii and .nii.gz
-            name += "-" + hashlib.sha256(os.fsencode(scan.path.resolve()) + str(scan.series).encode()).hexdigest()[:8]
-        taken.add(name.lower())
-        label_path = _label_path(scan, label_dirs)
-        jobs.append(Job(scan, name, out, settings, label_path, fingerprint(scan, settings, label_path), salt))
-    return jobs
+class _Jobs(Sequence[Job]):
+    """A job for each scan, made when it is asked for. Their ids are unique."""
+
+    def __init__(self, found: Sequence[Found], out: Path, settings: Settings, label_dirs: list[Path], salt: str):
+        self.found, self.out, self.settings, self.label_dirs, self.salt = found, out, settings, label_dirs, salt
+        self.other_ids: dict[int, str] = {}  # of scans with the same name in two sources, or as .nii and .nii.gz
+        taken = set()
+        for place, scan in enumerate(found):
+            name = _id(scan)
+            if name.lower() in taken:
+                name += "-" + hashlib.sha256(os.fsencode(scan.path.resolve()) + str(scan.series).encode()).hexdigest()[:8]
+                self.other_ids[place] = name
+            taken.add(name.lower())
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    @overload
+    def __getitem__(self, place: int) -> Job: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Job]: ...
+    def __getitem__(self, place: int | slice) -> Job | list[Job]:
+        """To be done: the scan's files are looked at."""
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        job = self.done(place)
+        label_path = _label_path(job.found, self.label_dirs)
+        return replace(job, label_path=label_path, fingerprint=fingerprint(job.found, self.settings, label_path))
+
+    def done(self, place: int) -> Job:
+        """One that is only asked for its record."""
+        scan = self.found[place]
+        return Job(scan, self.other_ids.get(place) or _id(scan), self.out, self.settings, None, "", self.salt)
 
 
 def _id(scan: Found) -> str:
@@ -202,39 +223,51 @@ def _label_path(scan: Found, label_dirs: list[Path]) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _records(jobs: list[Job], workers: int | None, progress: Progress | None) -> list[Record]:
-    """One record per job, from an earlier run where it is still current; without their histograms, to be small."""
-    records = {job.id: _light(record) for job in jobs if is_current(job, record := read_record(job)) and record}
-    todo = [job for job in jobs if job.id not in records or _lost_its_original(records[job.id], records)]
+def _prepare_all(jobs: _Jobs, workers: int | None, progress: Progress | None) -> None:
+    """Every scan has its record, from an earlier run where that is still current; duplicates are marked."""
+    digests = np.zeros(len(jobs), "S64")  # of the voxels, in hexadecimal; empty where there are no groups
+    current = np.zeros(len(jobs), bool)
+    originals: dict[int, str] = {}  # of duplicates
+    for place, job in enumerate(jobs):
+        record = read_record(job)
+        if record and is_current(job, record):
+            current[place], digests[place] = True, _digest(record)
+            if record["duplicate_of"] is not None:
+                originals[place] = record["duplicate_of"]
+    wanted = set(originals.values())
+    there = {id for place in np.flatnonzero(current) if wanted and (id := jobs.done(int(place)).id) in wanted}
+    for place, original in originals.items():
+        current[place] = original in there  # or it is gone or has changed
+    todo = np.flatnonzero(~current)
     done = len(jobs) - len(todo)
     if progress and done:
         progress(done, len(jobs), f"{done} prepared before")
-    for job, record in _worked(todo, workers):
-        records[job.id] = _light(record)
+    for place, record in _worked(jobs, todo, workers):
+        digests[place] = _digest(record)
         done += 1
         if progress:
-            progress(done, len(jobs), job.found.name)
-    return [records[job.id] for job in jobs]
+            progress(done, len(jobs), jobs.found[place].name)
+    _mark_duplicates(jobs, digests)
 
 
-def _lost_its_original(record: Record, current: dict[str, Record]) -> bool:
-    """Whether a scan was left out as a duplicate of one that is gone or has changed."""
-    return record["duplicate_of"] is not None and record["duplicate_of"] not in current
+def _digest(record: Record) -> str:
+    return record["sha256"] if record["groups"] else ""
 
 
-def _worked(jobs: list[Job], workers: int | None) -> Iterator[tuple[Job, Record]]:
-    """Each job with its record as it is done, by `workers` processes (default: one per core)."""
-    count = min(workers or _cores(), len(jobs))
+def _worked(jobs: _Jobs, todo: Iterable[int], workers: int | None) -> Iterator[tuple[int, Record]]:
+    """The places `todo`, each with its record as it is done, by `workers` processes (default: one per core)."""
+    places = [int(place) for place in todo]
+    count = min(workers or _cores(), len(places))
     if count <= 1:
-        yield from ((job, prepare_scan(job)) for job in jobs)
+        yield from ((place, prepare_scan(jobs[place])) for place in places)
         return
-    waiting = iter(jobs)
+    waiting = iter(places)
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-        pending: dict[Future[Record], Job] = {}
+        pending: dict[Future[Record], int] = {}
         try:
             while True:
-                for job in islice(waiting, AHEAD * count - len(pending)):  # no more, so that memory stays flat
-                    pending[pool.submit(prepare_scan, job)] = job
+                for place in islice(waiting, AHEAD * count - len(pending)):  # no more, so that memory stays flat
+                    pending[pool.submit(prepare_scan, jobs[place])] = place
                 if not pending:
                     return
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
@@ -248,116 +281,38 @@ def _worked(jobs: list[Job], workers: int | None) -> Iterator[tuple[Job, Record]
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _light(record: Record) -> Record:
-    """Without the histogram: a thousand scans' are read again, one by one, when they are summed up."""
-    return {key: value for key, value in record.items() if key != "histogram"}
-
-
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _without_duplicates(jobs: list[Job], records: list[Record]) -> list[Record]:
+def _mark_duplicates(jobs: _Jobs, digests: np.ndarray) -> None:
     """Of scans with the same voxels the first by order of path keeps its groups."""
-    first: dict[str, Job] = {}
-    kept = []
-    for job, record in zip(jobs, records, strict=True):
-        if record["groups"]:
-            original = first.setdefault(record["sha256"], job)
-            if original is not job:
-                record = _light(mark_duplicate(job, read_record(job) or record, original))
-        kept.append(record)
-    return kept
+    _, first, which = np.unique(digests, return_index=True, return_inverse=True)
+    again = (first[which] != np.arange(len(digests))) & (digests != b"")
+    for place in np.flatnonzero(again):
+        job, original = jobs.done(int(place)), jobs.done(int(first[which[place]]))
+        mark_duplicate(job, _record(job), original)
 
 
-def _content(jobs: list[Job], records: list[Record], whose: Patients) -> dict[str, Any]:
-    """Everything in `dataset.json` but its version."""
-    settings, out = jobs[0].settings, jobs[0].out
-    used, rejected, patients = [], [], []
-    histogram = np.zeros(len(HISTOGRAM_HU) - 1, np.int64)
-    for job, record in zip(jobs, records, strict=True):
+def _gather(catalogue: Catalogue, jobs: _Jobs, whose: Patients) -> None:
+    """What `dataset.json` says of the scans, from their records on disk."""
+    for place in range(len(jobs)):
+        job = jobs.done(place)
+        record = _record(job)
         try:
             if record["reason"]:
                 raise ScanRejected(record["reason"])
-            patients.append(whose.of(job.found, record["patient"]))
-            used.append(record)
-            histogram += _histogram(job)
+            catalogue.add(whose.of(job.found, record["patient"]), record)
         except ScanRejected as error:
-            rejected.append({"source": record["source"], "reason": str(error)})
-    splits, notes = assign(set(patients), settings.seed, settings.fractions, _earlier_splits(out))
-    named = list(zip(patients, used, strict=True))
-    return {
-        "ctvae": __version__,
-        "settings": asdict(settings),
-        "measured": _measured(used, histogram) if used else {},
-        "notes": notes + (_label_notes(used) if settings.labels else []),
-        "rejected": rejected,
-        "scans": [_scan_entry(patient, splits[patient], record) for patient, record in named],
-        "groups": sorted(
-            (
-                {"id": group["id"], "patient": patient, "split": splits[patient], **group}
-                for patient, record in named
-                for group in record["groups"]
-            ),
-            key=lambda group: group["id"],
-        ),
-    }
+            catalogue.rejected.append({"source": record["source"], "reason": str(error)})
 
 
-def _scan_entry(patient: str, split: str, record: Record) -> Record:
-    keys = ("source", "shape", "spacing_mm", "body_mm", "box", "plane", "labels", "sha256")
-    return {"patient": patient, "split": split, "groups": len(record["groups"])} | {key: record[key] for key in keys}
-
-
-def _earlier_splits(out: Path) -> dict[str, str]:
-    """Who was in which split when the dataset was last finished."""
-    try:
-        return {group.patient: group.split for group in Dataset.open(out).groups()}
-    except InputError:
-        return {}
-
-
-def _label_notes(records: list[Record]) -> list[str]:
-    notes = [f"{record['source']}: labels {record['labels']}" for record in records if ": " in record["labels"]]
-    missing = [record["source"] for record in records if record["labels"] == "none"]
-    if missing:
-        more = ", ..." if len(missing) > 5 else ""
-        notes.append(f"no label file for {len(missing)} of {len(records)} scans: {', '.join(missing[:5])}{more}")
-    return notes
-
-
-def _histogram(job: Job) -> np.ndarray:
-    """Of a scan, from its record on disk."""
-    return np.array((read_record(job) or {}).get("histogram", 0), dtype=np.int64)
-
-
-def _measured(records: list[Record], histogram: np.ndarray) -> dict[str, Any]:
-    """What the scans are like; HU percentiles are read off the histogram of all, to 10 HU."""
-    body = np.where(HISTOGRAM_HU[:-1] >= BODY_HU, histogram, 0)
-    shapes = Counter("x".join(map(str, group["shape"])) for record in records for group in record["groups"])
-    spacings = list(zip(*(record["spacing_mm"] for record in records), strict=True))
-    bodies = list(zip(*(record["body_mm"] for record in records), strict=True))
-    return {
-        "scans": len(records),
-        "scan_slices": _spread([record["shape"][0] for record in records]),
-        **{f"spacing_{axis}_mm": _spread(values) for axis, values in zip("xyz", spacings, strict=True)},
-        **{f"body_{axis}_mm": _spread(values) for axis, values in zip("xy", bodies, strict=True)},
-        "hu_range": [min(r["hu_range"][0] for r in records), max(r["hu_range"][1] for r in records)],
-        "hu_percentiles": _percentiles(histogram),
-        "hu_percentiles_above_-300": _percentiles(body),
-        "group_shapes": dict(sorted(shapes.items())),
-    }
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    low, middle, high = float(np.min(values)), float(np.median(values)), float(np.max(values))
-    return {"min": round(low, 4), "median": round(middle, 4), "max": round(high, 4)}
-
-
-def _percentiles(histogram: np.ndarray) -> dict[str, int]:
-    share = np.cumsum(histogram) / max(1, histogram.sum())
-    middles = (HISTOGRAM_HU[:-1] + HISTOGRAM_HU[1:]) // 2
-    return {f"{p:g}": int(middles[np.searchsorted(share, p / 100)]) for p in PERCENTILES}
+def _record(job: Job) -> Record:
+    """Of a scan that was prepared. Raises InputError where somebody else has deleted it since."""
+    record = read_record(job)
+    if record is None:
+        raise InputError(f"{job.record_path}: missing or damaged; run again to go on where it stopped")
+    return record
 
 
 def _several(paths: Path | str | Sequence[Path | str] | None) -> list[Path | str]:

@@ -4,7 +4,7 @@
     run/run.json                the data it was trained on, the stages finished
     run/autoencoder.safetensors the averaged weights, once that stage is done
     run/prior-*.safetensors     the priors, once that stage is done
-    run/latents.safetensors     the training groups' posterior moments
+    run/latents/                the training groups' posterior moments
     run/checkpoints/            training state, the last two of each network
     run/logs/                   metrics as CSV and TensorBoard events
     run/previews/               pictures made while training

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 from ctvae import dicom, nifti
 from ctvae.errors import InputError, ScanRejected
@@ -45,6 +48,39 @@ class Found:
     def stem(self) -> str:
         """The file's or folder's name without `.nii` or `.nii.gz`."""
         return _as_text(without_suffix(self.path.resolve().name if self.series else self.path.name))
+
+
+class FoundScans(Sequence[Found]):
+    """Very many of them, in little memory: of each its path as text, of a series its files' names, compressed."""
+
+    def __init__(self) -> None:
+        self._paths: list[str] = []
+        self._roots: list[Path] = []
+        self._series: dict[int, tuple[str, bytes]] = {}  # by place: UID, names
+
+    def append(self, scan: Found) -> None:
+        if scan.series is not None:
+            names = "\0".join(path.name for path in scan.files)
+            self._series[len(self)] = scan.series, zlib.compress(os.fsencode(names))
+        self._paths.append(os.fspath(scan.path))
+        self._roots.append(self._roots[-1] if self._roots and self._roots[-1] == scan.root else scan.root)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @overload
+    def __getitem__(self, place: int) -> Found: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Found]: ...
+    def __getitem__(self, place: int | slice) -> Found | list[Found]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        number = range(len(self))[place]
+        path, root = Path(self._paths[number]), self._roots[number]
+        if number not in self._series:
+            return Found(path, root, (path,))
+        uid, names = self._series[number]
+        return Found(path, root, tuple(path / name for name in os.fsdecode(zlib.decompress(names)).split("\0")), uid)
 
 
 def _as_text(name: str) -> str:
@@ -103,21 +139,24 @@ def _read_dicom(folder: Path, uid: str | None) -> Scan:
     return _read_series(found[0])
 
 
-def find_scans(sources: Sequence[Path | str], skip: Iterable[Path] = ()) -> list[Found]:
+def find_scans(sources: Sequence[Path | str], skip: Iterable[Path] = ()) -> FoundScans:
     """Every scan in `sources` (files and folders, folders searched to the bottom), each once, in order of path.
 
     Left out: hidden files, folders called `labels`, prepared datasets, and the folders in `skip`.
     Raises InputError when a source is missing or nothing is found.
     """
     skipped = {folder.resolve() for folder in skip}
-    found: dict[tuple[Path, str | None], Found] = {}
+    found, seen = FoundScans(), set()
     for source in map(Path, sources):
         for scan in _find_in(source, skipped):
-            found.setdefault((scan.path.resolve(), scan.series), scan)
+            place = hashlib.sha256(os.fsencode(scan.path.resolve()) + b"\0" + (scan.series or "").encode()).digest()[:16]
+            if place not in seen:
+                seen.add(place)
+                found.append(scan)
     if not found:
         names = ", ".join(map(str, sources)) or "no source"
         raise InputError(f"{names}: no scans found; give .nii or .nii.gz files, or folders with such or DICOM files")
-    return list(found.values())
+    return found
 
 
 def label_folders(sources: Sequence[Path | str]) -> list[Path]:
@@ -139,8 +178,9 @@ def _find_in(source: Path, skipped: set[Path]) -> Iterator[Found]:
         yield Found(source, source.parent, (source,))
         return
     for folder in _folders(source, skipped):
-        for path in sorted(folder.iterdir()):
-            if path.is_file() and nifti.is_nifti(path) and not path.name.startswith("."):
+        for name in sorted(os.listdir(folder)):  # of very many files in one folder, names take least
+            path = folder / name
+            if not name.startswith(".") and nifti.is_nifti(path) and path.is_file():
                 yield Found(path, source, (path,))
         for series in dicom.series_in(folder):
             yield Found(folder, source, series.files, series.uid)

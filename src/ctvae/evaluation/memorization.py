@@ -30,6 +30,7 @@ SIGNIFICANT = 0.01
 NEED_PATIENTS = NEXT + 2  # of training
 NEED_HELD_OUT = 5  # scans; with fewer, training patients calibrate each other
 MOST_PAIRS = 6  # per space
+MOST_DISTANCES = 2**24  # in memory at a time
 Array = NDArray[np.floating]
 
 
@@ -109,15 +110,20 @@ def voxels(cells: NDArray[np.int16]) -> Array:
 
 def closeness(x: Array, training: Array, patients: Sequence[str], own: Sequence[str] | None = None) -> Closeness:
     """How close scans x [n F] are to training scans [m F]; each x is not compared with its `own` patient, if given."""
-    distance = cdist(x, training)  # [n m]
-    if own is not None:
-        distance[np.equal.outer(np.asarray(own), np.asarray(patients))] = np.inf
-    names = sorted(set(patients))
-    of = np.asarray(patients)
-    by_patient = np.stack([distance[:, of == name].min(axis=1) for name in names], axis=1)  # [n patients]
-    ranked = np.sort(by_patient, axis=1)
-    following = np.maximum(ranked[:, 1 : 1 + NEXT].mean(axis=1), 1e-12)
-    return Closeness(distance.argmin(axis=1), ranked[:, 0], ranked[:, 0] / following)
+    names, of = np.unique(np.asarray(patients), return_inverse=True)
+    order = np.argsort(of, kind="stable")  # columns patient by patient, beginning at `starts`
+    starts = np.searchsorted(of[order], np.arange(len(names)))
+    at_a_time = max(1, MOST_DISTANCES // len(training))
+    parts = []
+    for first in range(0, len(x), at_a_time):
+        distance = cdist(x[first : first + at_a_time], training)  # [b m]
+        if own is not None:
+            distance[np.equal.outer(np.asarray(own[first : first + at_a_time]), np.asarray(patients))] = np.inf
+        ranked = np.sort(np.minimum.reduceat(distance[:, order], starts, axis=1), axis=1)  # [b patients]
+        following = np.maximum(ranked[:, 1 : 1 + NEXT].mean(axis=1), 1e-12)
+        parts.append((distance.argmin(axis=1), ranked[:, 0], ranked[:, 0] / following))
+    nearest, closest, ratio = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Closeness(nearest, closest, ratio)
 
 
 def wilson(hits: int, count: int, z: float = 1.96) -> list[float]:

@@ -21,7 +21,7 @@ from ctvae.checkpoint import EMA
 from ctvae.conditions import BUILT_IN
 from ctvae.config import Config, Prior, Size3, Training, Wavelet3D
 from ctvae.device import generator
-from ctvae.latents import LatentCode, LatentSet
+from ctvae.latents import LatentCode, LatentSet, most_fitted
 from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.discriminator import PatchDiscriminator
@@ -182,13 +182,14 @@ def prior(cfg: Config, groups: int, kernels: Kernels) -> dict[str, int]:
     """
     latent_shape = _latent_shape(cfg, _shapes_only(cfg), whole(cfg))
     phases = {"encoding": _encoding_groups(cfg, kernels)}
+    svd_bytes = most_fitted(groups, latent_shape) * math.prod(latent_shape) * SVD_COPIES * FLOAT32
     with dry_run(kernels) as ledger:
-        latents = _latents(max(2, groups * cfg.prior.encodings), latent_shape)
-        stored = ledger.live_bytes
+        latents = _latents(most_fitted(max(2, groups * cfg.prior.encodings), latent_shape), latent_shape)
         ledger.since()
         code = LatentCode.fit(latents)
         wiener = fit_wiener(cfg.prior, code, latents)
-        phases["fitting"] = max(ledger.since(), stored + groups * math.prod(latent_shape) * SVD_COPIES * FLOAT32)
+        phases["fitting"] = max(ledger.since(), svd_bytes)
+        latents = _latents(2, latent_shape)  # the others stay on disk
         batches = flow_batches(cfg, code, Conditioning.fit(latents.conditions))
         network = build_velocity(cfg.prior, latent_shape, len(BUILT_IN), wiener)
         phases["flow"] = _flow_step("flow", network, lambda: batches(latents, 0), cfg.prior, ledger)

@@ -18,17 +18,14 @@ from torch import Tensor, nn
 
 from ctvae import flow, priors
 from ctvae.checkpoint import EMA, Best, save
-from ctvae.conditions import BUILT_IN, of_group, scan_mm
 from ctvae.config import Config, Prior
 from ctvae.device import generator, make_fabric, place
 from ctvae.latents import LatentCode, LatentSet
-from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.velocity import UNet, VectorNet, Velocity
 from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks
 from ctvae.runlog import Clock, Curve, Run
 from ctvae.sharding import gathered, whole
-from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
 from ctvae.training.tally import Tally
@@ -86,11 +83,18 @@ def build_velocity(cfg: Prior, latent_shape: tuple[int, ...], known: int, wiener
 
 
 def fit_wiener(cfg: Prior, code: LatentCode, latents: LatentSet) -> WienerVelocity:
-    """The Wiener velocity of the training latents, posterior variance included."""
-    rows = code.encode(latents.means.float()).flatten(1)  # [N P]
-    scale = (code.encode(torch.ones_like(latents.means[:1]).float()) - code.encode(torch.zeros_like(latents.means[:1]).float()))
-    noise = latents.logvars.float().exp().mean(0).flatten() * scale.flatten().square()
+    """The Wiener velocity of the training latents, posterior variance included; of very many, of some of them."""
+    few = latents.for_fitting()
+    rows = code.encode(few.means[:].float()).flatten(1)  # [n P]
+    scale = code.scaled(torch.ones(1, *few.shape)).flatten()
+    noise = few.logvars[:].float().exp().mean(0).flatten() * scale.square()
     return WienerVelocity.fit(rows, noise, cfg.rank)
+
+
+def fit_code(latents: LatentSet, ranks: Ranks) -> LatentCode:
+    """Over all rows, which one process reads for all."""
+    told = ranks.told(lambda: {name: tensor.tolist() for name, tensor in LatentCode.fit(latents).tensors.items()})
+    return LatentCode({name: torch.tensor(numbers) for name, numbers in told.items()})
 
 
 def train_prior(run: Run, cfg: Config, latents: LatentSet, held_out: LatentSet | None, ranks: Ranks = ALONE) -> None:
@@ -100,9 +104,9 @@ def train_prior(run: Run, cfg: Config, latents: LatentSet, held_out: LatentSet |
     """
     if ranks.first:
         fit_closed_form(run, latents.plain())
-    code = LatentCode.fit(latents)
+    code = fit_code(latents, ranks)
     conditioning = Conditioning.fit(latents.conditions)
-    shape = tuple(latents.means.shape[1:])
+    shape = latents.shape
     torch.manual_seed(cfg.seed)
     wiener = fit_wiener(cfg.prior, code, latents)
     network = build_velocity(cfg.prior, shape, len(latents.names), wiener)
@@ -121,9 +125,13 @@ def train_prior(run: Run, cfg: Config, latents: LatentSet, held_out: LatentSet |
 
 def fit_closed_form(run: Run, latents: LatentSet) -> None:
     """The priors that need no training loop: normal, gaussian, mixture. `latents` holds one encoding per group."""
-    means, variances = latents.means.float().numpy(), latents.logvars.float().exp().numpy()
+    paths = {name: run.folder / f"prior-{name}.safetensors" for name in priors.CLOSED_FORM}
+    if all(path.exists() for path in paths.values()):
+        return
+    few = latents.for_fitting()
+    means, variances = few.means[:].float().numpy(), few.logvars[:].float().exp().numpy()
     for name, kind in priors.CLOSED_FORM.items():
-        path = run.folder / f"prior-{name}.safetensors"
+        path = paths[name]
         if not path.exists():
             fitted = kind.fit(means, variances)
             tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in fitted.tensors().items()}
@@ -147,10 +155,10 @@ def flow_batches(cfg: Config, code: LatentCode, conditioning: Conditioning, rank
 
     def make(latents: LatentSet, step: int) -> Batch:
         random = generator(cfg.seed, step, stream=3)
-        mean, std, known = latents.batch(cfg.prior.batch, cfg.seed, step)
+        mean, std, known = latents.batch(cfg.prior.batch, cfg.seed, step, rows)
         told = conditioning.standard(known)
         hidden = torch.rand(len(told), 1, generator=random) < cfg.prior.null_probability
-        return Batch(code.encode(mean[rows]), code.scaled(std[rows]), told.masked_fill(hidden, math.nan)[rows])
+        return Batch(code.encode(mean), code.scaled(std), told.masked_fill(hidden, math.nan)[rows])
 
     return make
 
@@ -285,34 +293,3 @@ def held_out_loss(network: nn.Module, ema: EMA, data: Data, precision: str, rank
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(tensor.to(device) for tensor in batch))
-
-
-@torch.no_grad()
-def encode_groups(
-    network: Autoencoder, groups: TrainingGroups, cfg: Prior, seed: int, precision: str = "bf16", ranks: Ranks = ALONE
-) -> LatentSet:
-    """Posterior moments of every group, `cfg.encodings` times each: first as it is, then augmented.
-
-    A zoomed group is told with the spacing that makes its patient as large as before, so augmentation is no leak into samples.
-    Each process encodes one of every `world` and gets the others' from them.
-    """
-    means, logvars, told = [], [], []
-    device = next(network.parameters()).device
-    count = len(groups) * cfg.encodings
-    with Progress("encoding", total=count) as bar:
-        for position in range(ranks.rank, ranks.rank + count, ranks.world):
-            place = min(position, count - 1)  # past the end the last again, which is dropped
-            index, number = divmod(place, cfg.encodings)
-            x, zoom = groups.plain(index), 1.0
-            if number:
-                random = generator(seed, place, stream=5)
-                x, zoom = groups.turned(index, random, cfg.max_rotation_degrees, cfg.max_zoom)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                mean, logvar = network.encode(x[None].to(device))
-            means.append(ranks.gathered(mean.half()).cpu())  # [world ...]
-            logvars.append(ranks.gathered(logvar.half()).cpu())
-            told.append(ranks.gathered(torch.tensor([of_group(groups.groups[index], zoom)], device=device)).cpu())
-            bar.update(min(position + ranks.world, count))
-    encoded = [group for group in groups.groups for _ in range(cfg.encodings)]
-    ids, scans_mm = [group.id for group in encoded], torch.tensor([scan_mm(group) for group in encoded])
-    return LatentSet(torch.cat(means)[:count], torch.cat(logvars)[:count], torch.cat(told)[:count], ids, BUILT_IN, scans_mm)

@@ -10,22 +10,23 @@ from pathlib import Path
 
 import torch
 
-from ctvae.checkpoint import load
+from ctvae.checkpoint import file_hash, load
 from ctvae.conditions import Columns, read_columns
 from ctvae.config import Config, validated
 from ctvae.dataset import Dataset
 from ctvae.device import deterministic
 from ctvae.errors import ConfigError, DoesNotFit, ModelError
-from ctvae.latents import LatentSet
+from ctvae.latents import LatentSet, is_complete
 from ctvae.models import build
 from ctvae.ranks import Ranks, joined
 from ctvae.runlog import Run
 from ctvae.training.autoencoder import train_autoencoder
+from ctvae.training.encoding import encode_groups
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import repeated_smaller
 from ctvae.training.pace import shares
 from ctvae.training.polish import polish_decoder
-from ctvae.training.prior import encode_groups, train_prior
+from ctvae.training.prior import train_prior
 from ctvae.training.settings import HOURS_KEYS, Asked, Settled, chosen, refuse_uneven, settle, smaller, with_hours
 
 CONDITIONS_FILE = "conditions.json"  # in the run folder: a user's columns by group
@@ -198,18 +199,27 @@ def _latents(run: Run, data: Dataset, cfg: Config, ranks: Ranks) -> tuple[Latent
     weights = run.folder / "autoencoder.safetensors"
     if not weights.exists():
         raise ModelError(f"{run.folder}: has no trained autoencoder yet; run with --stage autoencoder or both first")
-    training, validation = (run.folder / f"latents{name}.safetensors" for name in ("", "-validation"))
-    if ranks.told(lambda: not training.exists() or (not validation.exists() and bool(data.groups("validation")))):
+    encodings = {"train": cfg.prior, "validation": cfg.prior.model_copy(update={"encodings": 1})}
+    splits = [split for split in encodings if data.groups(split)]
+    missing = ranks.told(lambda: [split for split in splits if not is_complete(_kept(run, split))])
+    if missing:
         network = build(cfg.model, cfg.data.shape or (0, 0, 0))
         network.load_state_dict(load(weights)[0])
         network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        precision = cfg.autoencoder.precision
-        encode_groups(network, _groups(data, cfg, "train", ranks), cfg.prior, cfg.seed, precision, ranks).save(training)
-        if data.groups("validation"):
-            once = cfg.prior.model_copy(update={"encodings": 1})
-            encode_groups(network, _groups(data, cfg, "validation", ranks), once, cfg.seed, precision, ranks).save(validation)
+        precision, of = cfg.autoencoder.precision, ranks.told(lambda: file_hash(weights))
+        for split in missing:
+            groups = _groups(data, cfg, split, ranks)
+            encode_groups(network, groups, encodings[split], cfg.seed, _kept(run, split), precision, of, ranks)
     ranks.barrier()
-    return LatentSet.load(training), LatentSet.load(validation) if validation.exists() else None
+    training, *validation = [LatentSet.load(_kept(run, split)) for split in splits]
+    return training, validation[0] if validation else None
+
+
+def _kept(run: Run, split: str) -> Path:
+    """Where a split's latents lie: a folder of shards, or the one file of an earlier version."""
+    name = "latents" if split == "train" else f"latents-{split}"
+    file = run.folder / f"{name}.safetensors"
+    return file if file.is_file() else run.folder / name
 
 
 def say(line: str) -> None:

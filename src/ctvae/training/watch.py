@@ -12,6 +12,7 @@ Shapes:  N training groups   M held-out groups   S samples   P numbers per laten
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from ctvae import flow
 from ctvae.device import generator
 from ctvae.evaluation.distances import kernel_distance
-from ctvae.latents import LatentCode, LatentSet
+from ctvae.latents import MOST_FITTED_NUMBERS, LatentCode, LatentSet, most_fitted
 from ctvae.wiener import WienerVelocity
 
 SAMPLES = 48
@@ -48,11 +49,14 @@ class Watch:
         """`told` [M K]: the held-out groups' conditions as the network is told them."""
         self.wiener = wiener
         random = generator(seed, 0, stream=17)
-        self.known = code.encode(training.plain().means.float()).flatten(1)  # [N P]
+        self.known = Known(code, training.plain())
+        if (most := most_fitted(len(held_out), held_out.shape)) < len(held_out):
+            few = torch.randperm(len(held_out), generator=generator(seed, 2, stream=17))[:most].tolist()
+            held_out, told = held_out.chosen(few), told[few]
         # Held-out groups as noisy as samples are: else noise alone would keep a copy away from what it was copied from.
         fresh = code.encode(held_out.posterior_sample(list(range(len(held_out))), random))
         self.held_out, self.shape = fresh.flatten(1), fresh.shape[1:]  # [M P]
-        self.nearest = nearest(self.held_out, self.known)  # [M]
+        self.nearest = self.known.nearest(self.held_out)  # [M]
         self.spread = self._spread(generator(seed, 1, stream=17))
         chosen = torch.arange(SAMPLES) % len(told)
         self.told = told[chosen]  # [S K]
@@ -80,7 +84,7 @@ class Watch:
         ours, real = (coordinates(rows, self.wiener).double().numpy() for rows in (samples, self.held_out))
         distance = kernel_distance(ours, real) if ours.shape[1] else math.nan
         threshold = torch.quantile(self.nearest, CLOSEST_SHARE)
-        return Seen(distance, (nearest(samples, self.known) < threshold).float().mean().item())
+        return Seen(distance, (self.known.nearest(samples) < threshold).float().mean().item())
 
 
 def coordinates(rows: Tensor, wiener: WienerVelocity) -> Tensor:
@@ -88,6 +92,22 @@ def coordinates(rows: Tensor, wiener: WienerVelocity) -> Tensor:
     return (rows - wiener.mean) @ wiener.factors.T / wiener.factors.square().sum(1)
 
 
-def nearest(rows: Tensor, known: Tensor) -> Tensor:
-    """Distance of each row [n P] from the nearest of `known` [N P]: [n]."""
-    return torch.cdist(rows, known).amin(1)
+class Known:
+    """The training groups' latents as the flow sees them: in memory, or where they are many, read again for each look."""
+
+    def __init__(self, code: LatentCode, latents: LatentSet):
+        self.code, self.latents = code, latents
+        many = len(latents) * math.prod(latents.shape) > MOST_FITTED_NUMBERS
+        self._held = None if many else torch.cat(list(self._read()))  # [N P]
+
+    def nearest(self, rows: Tensor) -> Tensor:
+        """Distance of each row [n P] from the nearest training group: [n]."""
+        parts = self._read() if self._held is None else [self._held]
+        least = torch.full((len(rows),), math.inf)
+        for part in parts:
+            torch.minimum(least, torch.cdist(rows, part).amin(1), out=least)
+        return least
+
+    def _read(self) -> Iterator[Tensor]:
+        """[b P] each."""
+        return (self.code.encode(self.latents.means[rows].float()).flatten(1) for rows in self.latents.blocks())

@@ -1,0 +1,51 @@
+"""Between the stages: every group through the trained encoder, onto disk, shared out over the processes.
+
+Shapes:  Z latent channels   d h w latent voxels
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ctvae.conditions import BUILT_IN, of_group, scan_mm
+from ctvae.config import Prior
+from ctvae.device import generator
+from ctvae.latents import Writer
+from ctvae.models.autoencoder import Autoencoder
+from ctvae.progress import Progress
+from ctvae.ranks import ALONE, Ranks
+from ctvae.training.groups import TrainingGroups
+
+
+@torch.no_grad()
+def encode_groups(
+    network: Autoencoder, groups: TrainingGroups, cfg: Prior, seed: int, out: Path, precision: str = "bf16", of: str = "",
+    ranks: Ranks = ALONE,
+) -> None:  # fmt: skip
+    """Posterior moments of every group into the folder `out`, `cfg.encodings` times each: first as it is, then augmented.
+
+    A zoomed group is told with the spacing that makes its patient as large as before, so augmentation is no leak into samples.
+    Each process encodes one of every `world` and gets the others' from them. What an earlier call wrote of the same (`of`: which
+    network) is kept. Raises InputError when the disk is full.
+    """
+    device = next(network.parameters()).device
+    encoded = [group for group in groups.groups for _ in range(cfg.encodings)]
+    writer = Writer(out, [group.id for group in encoded], torch.tensor([scan_mm(group) for group in encoded]), BUILT_IN, of)
+    count = len(encoded)
+    with Progress("encoding", total=count) as bar:
+        for start in range(ranks.told(writer.begun), count, ranks.world):
+            place = min(start + ranks.rank, count - 1)  # past the end the last again, which is dropped
+            index, number = divmod(place, cfg.encodings)
+            x, zoom = groups.plain(index), 1.0
+            if number:
+                random = generator(seed, place, stream=5)
+                x, zoom = groups.turned(index, random, cfg.max_rotation_degrees, cfg.max_zoom)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                mean, logvar = network.encode(x[None].to(device))
+            told = torch.tensor([of_group(groups.groups[index], zoom)], device=device)
+            rows = [ranks.gathered(part).cpu() for part in (mean.half(), logvar.half(), told)]  # [world ...] each
+            if ranks.first:
+                writer.add(*rows)
+            bar.update(min(start + ranks.world, count))
