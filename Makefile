@@ -2,11 +2,12 @@
 
 PYTHON ?= python3
 VENV := .venv
+comma := ,
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow coverage lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/ctvae demo --out demo
@@ -17,6 +18,13 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# Of the modules that compute and do nothing else, by their own tests.
+PURE := haar flow slabs wiener losses tiling intensity volume priors config preprocess optimizer velocity distances similarity
+coverage: $(INSTALLED)
+	$(PIP) 'coverage>=7'
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run --source=src/ctvae -m pytest -q $(wildcard $(foreach m,$(PURE),tests/test_$(m).py tests/test_evaluation_$(m).py))
+	$(BIN)/python -m coverage report --fail-under=95 --include='$(subst $(eval) ,$(comma),$(foreach m,$(PURE),*/$(m).py))'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
