@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from ctvae import entries
 from ctvae.entries import Packed, Spool, members
 
-PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
+NUMBERS = st.integers(1 - 2**63, 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+PLAIN = st.none() | st.booleans() | NUMBERS | st.text(max_size=20)
 VALUES = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4))
 
 
@@ -35,7 +36,7 @@ def test_a_file_says_what_the_standard_library_reads(tmp_path_factory, content, 
 
 
 @settings(deadline=None)
-@given(text=st.text(alphabet='{}[]:,"a1 \n-.etrufalsn\\', max_size=25))
+@given(text=st.text(alphabet='{}[]:,"a1 \n-.etrufalsn\\', max_size=25).filter(lambda text: "111" not in text))  # such as 1e1111
 def test_what_the_standard_library_refuses_is_refused(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("json") / "file.json"
     path.write_text(text, encoding="utf-8")
@@ -50,7 +51,9 @@ def test_what_the_standard_library_refuses_is_refused(tmp_path_factory, text):
             whole(path)
 
 
-DAMAGED = ["", "{", '{"a"', '{"a": [1, 2', '{"a": [1,]}', '{"a": 1,}', '{"a": 1} x', "[1]", "{1: 2}", '{"a": ' + "[" * 100_000]
+NO_NUMBERS = ['{"a": NaN}', '{"a": 1e999}', '{"a": ' + "1" * 30 + "}"]
+UNFINISHED = ["", "{", '{"a"', '{"a": [1, 2', '{"a": ' + "[" * 100_000]
+DAMAGED = [*NO_NUMBERS, *UNFINISHED, '{"a": [1,]}', '{"a": 1,}', '{"a": 1} x', "[1]", "{1: 2}"]
 
 
 @pytest.mark.parametrize("text", DAMAGED)
@@ -72,12 +75,8 @@ def test_a_list_that_nobody_wants_is_passed_over(tmp_path):
 @given(values=st.lists(VALUES, max_size=200))
 def test_packed_values_come_out_as_they_went_in(values):
     packed = Packed(values)
-    assert list(packed) == values
+    assert list(packed) == list(packed) == values
     assert len(packed) == len(values)
-    assert [packed[i] for i in range(-len(values), len(values))] == values + values
-    assert packed[1:150:3] == values[1:150:3]
-    with pytest.raises(IndexError):
-        packed[len(values)]
 
 
 def test_spooled_values_are_read_in_any_order_and_leave_no_file(tmp_path):

@@ -150,7 +150,7 @@ def test_a_process_reads_its_rows_of_a_batch_only(stored, monkeypatch):
 def test_the_nearest_group_is_the_nearest_of_all(stored, many, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_NUMBERS", 4 * math.prod(SHAPE))
     if many:
-        monkeypatch.setattr("ctvae.training.watch.MOST_FITTED_NUMBERS", 10)
+        monkeypatch.setattr("ctvae.training.watch.MOST_HELD_NUMBERS", 10)
     code = LatentCode.fit(stored)
     known = code.encode(numbers().means.float()).flatten(1)
     rows = known[[3, 17]] + 0.01 * torch.randn(2, known.shape[1], generator=torch.Generator().manual_seed(1))
@@ -249,7 +249,7 @@ from ctvae.training.watch import Watch
 latents.MOST_FITTED, latents.MOST_SHARD_BYTES = 100, 2**22
 latents.BLOCK_NUMBERS = 2**18
 import ctvae.training.watch as watch
-watch.MOST_FITTED_NUMBERS = 2**20
+watch.MOST_HELD_NUMBERS = 2**20
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 writer = Writer(folder, [str(n) for n in range(count)], torch.ones(count), ("a",), "it")
 random = torch.Generator().manual_seed(0)

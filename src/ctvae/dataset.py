@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +60,7 @@ class Dataset:
         self.folder = folder
         self.settings: dict[str, Any] = _of_type(content, "settings", dict)
         self.measured: dict[str, Any] = _of_type(content, "measured", dict)
-        self.scans: Sequence[dict[str, Any]] = _of_type(content, "scans", Packed)
+        self._scans: Packed = _of_type(content, "scans", Packed)
         self.rejected: list[dict[str, str]] = list(_of_type(content, "rejected", Packed))
         self.notes: list[str] = list(_of_type(content, "notes", Packed))
         self._entries: Packed = _of_type(content, "groups", Packed)
@@ -78,6 +78,11 @@ class Dataset:
             return cls(folder, _read(file))
         except (AttributeError, KeyError, OSError, OverflowError, TypeError, ValueError) as error:
             raise InputError(f"{file}: damaged ({_short(error)}); run `ctvae prepare` again") from error
+
+    @property
+    def scans(self) -> list[dict[str, Any]]:
+        """What was found of each scan."""
+        return list(self._scans)
 
     @cached_property
     def _groups(self) -> list[Group]:

@@ -1,6 +1,6 @@
 """JSON with very many entries, of which one at a time is in memory: read from a file, kept packed, or spooled to disk.
 
-    members   of a JSON file, in order, its lists entry by entry
+    members   of a JSON file, in order, its lists entry by entry (ijson)
     Packed    entries in memory, compressed: some tenths of a kilobyte each, where as objects they are some kilobytes
     Spool     entries in an unnamed file on disk, eight bytes each in memory
 """
@@ -8,124 +8,86 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO, overload
+from typing import Any, BinaryIO
+
+import ijson
 
 from ctvae import files
 from ctvae.errors import InputError
 
-CHUNK = 2**16  # characters
+Event = tuple[str, Any]  # of ijson: what begins, ends or is there, and its value
+
+CHUNK = 2**14  # bytes
 PER_BLOCK = 64  # entries that are packed together
-BLANKS = re.compile(r"[ \t\n\r]*")
-GOES_ON = "0123456789.eE+-"  # after what could be a whole number: 1 of 1.5
-DECODER = json.JSONDecoder()
+MOST_DEPTH = 100  # json, which writes them again, stops at some thousand
 
 
 def members(path: Path, most_bytes: int = files.MOST_JSON_BYTES) -> Iterator[tuple[str, Any]]:
     """Key and value of each member of the object in a JSON file, in order.
 
     A value that is a list comes as an iterator of its entries, to be used up before the next member is asked for. Raises
-    ValueError, at the place, for damaged, very large and very deep files and where there is no object, OSError as `open`.
+    ValueError, at the place, for damaged, very large and very deep files, for numbers that are none or do not fit into 64
+    bits, and where there is no object; OSError as `open`.
     """
     if path.stat().st_size > most_bytes:
         raise ValueError(f"larger than {most_bytes} bytes")
-    with path.open(encoding="utf-8") as file:
-        yield from _members(_Text(file))
+    with path.open("rb") as file:
+        events = _events(file)
+        if next(events, None) != ("start_map", None):
+            raise ValueError("no object")
+        for event, key in events:
+            if event == "end_map":
+                continue  # what comes after it is refused by the parser
+            event, value = next(events)
+            if event == "start_array":
+                entries = _entries(events)
+                yield key, entries
+                for _ in entries:  # that nobody wanted
+                    pass
+            else:
+                yield key, _value(event, value, events)
 
 
-def _members(text: _Text) -> Iterator[tuple[str, Any]]:
-    text.take("{")
-    while text.next() != "}":
-        key = text.value()
-        if not isinstance(key, str):
-            raise ValueError("a key that is no text")
-        text.take(":")
-        if text.next() == "[":
-            entries = _entries(text)
-            yield key, entries
-            for _ in entries:  # that nobody wanted
-                pass
-        else:
-            yield key, text.value()
-        if text.next() != "}":
-            text.take(",")
-            if text.next() == "}":
-                raise ValueError("a comma before }")
-    text.take("}")
-    if text.next():
-        raise ValueError("something after its end")
+def _events(file: BinaryIO) -> Iterator[Event]:
+    try:
+        yield from ijson.basic_parse(file, buf_size=CHUNK, use_float=True)
+    except ijson.JSONError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
-def _entries(text: _Text) -> Iterator[Any]:
-    text.take("[")
-    while text.next() != "]":
-        yield text.value()
-        if text.next() != "]":
-            text.take(",")
-            if text.next() == "]":
-                raise ValueError("a comma before ]")
-    text.take("]")
+def _entries(events: Iterator[Event]) -> Iterator[Any]:
+    """Of a list that has begun, up to its end."""
+    for event, value in events:
+        if event == "end_array":
+            return
+        yield _value(event, value, events)
 
 
-class _Text:
-    """A JSON text that is read as far as it is asked for."""
-
-    def __init__(self, file: TextIO):
-        self.file, self.text, self.place = file, "", 0
-
-    def next(self) -> str:
-        """The next character that is no blank, not taken yet; none at the end."""
-        while True:
-            blanks = BLANKS.match(self.text, self.place)
-            self.place = blanks.end() if blanks else self.place
-            if self.place < len(self.text):
-                return self.text[self.place]
-            if not self._more():
-                return ""
-
-    def take(self, sign: str) -> None:
-        found = self.next()
-        if found != sign:
-            raise ValueError(f"'{sign}' expected, not '{found}'" if found else f"ends where '{sign}' is expected")
-        self.place += 1
-
-    def value(self) -> Any:
-        self.next()
-        while True:
-            try:
-                value, end = DECODER.raw_decode(self.text, self.place)
-            except RecursionError as error:
-                raise ValueError("nested too deeply") from error
-            except ValueError:
-                if not self._more():
-                    raise
-                continue
-            if self.text[end : end + 1] in GOES_ON and self._more():
-                continue  # "" is in it, too: what ends with the text may be the beginning of a number
-            self.place = end
-            return value
-
-    def _more(self) -> bool:
-        """Reads on, as much again as is waiting at least, so that a long value is not begun too often."""
-        rest = self.text[self.place :]
-        read = self.file.read(max(CHUNK, len(rest)))
-        self.text, self.place = rest + read, 0
-        return bool(read)
+def _value(event: str, value: Any, events: Iterator[Event]) -> Any:
+    """The value that begins with an event."""
+    builder, depth = ijson.ObjectBuilder(), 0
+    while True:
+        builder.event(event, value)
+        depth += event.startswith("start_") - event.startswith("end_")
+        if depth > MOST_DEPTH:
+            raise ValueError("nested too deeply")
+        if not depth:
+            return builder.value
+        event, value = next(events)
 
 
-class Packed(Sequence[Any]):
+class Packed:
     """JSON values, compressed. What comes out is a copy each time."""
 
     def __init__(self, values: Iterable[Any] = ()):
         self._blocks: list[bytes] = []
         self._count = 0
-        self._last: tuple[int, list[Any]] = (-1, [])  # the block that was last looked at
         block: list[str] = []
         for value in values:
             block.append(json.dumps(value, ensure_ascii=False))
@@ -138,27 +100,9 @@ class Packed(Sequence[Any]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, place: int) -> Any: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Any]: ...
-    def __getitem__(self, place: int | slice) -> Any:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        number = place + len(self) if place < 0 else place
-        if not 0 <= number < len(self):
-            raise IndexError(place)
-        block = number // PER_BLOCK
-        if self._last[0] != block:
-            self._last = block, self._opened(block)
-        return self._last[1][number % PER_BLOCK]
-
     def __iter__(self) -> Iterator[Any]:
-        for block in range(len(self._blocks)):
-            yield from self._opened(block)
-
-    def _opened(self, block: int) -> list[Any]:
-        return json.loads(zlib.decompress(self._blocks[block]))  # type: ignore[no-any-return]
+        for block in self._blocks:
+            yield from json.loads(zlib.decompress(block))
 
     def _close(self, block: list[str]) -> None:
         self._blocks.append(zlib.compress(f"[{','.join(block)}]".encode(), 1))

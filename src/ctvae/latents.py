@@ -28,7 +28,7 @@ from ctvae.shards import Rows, blocks, opened
 MOST_SHARD_BYTES = 2**26
 BLOCK_NUMBERS = 2**22  # that are looked at at a time
 MOST_FITTED = 2000  # rows that a closed form is fitted to
-MOST_FITTED_NUMBERS = 2**28  # in all of them: 1 GiB in float32
+MOST_FITTED_NUMBERS = 2**29  # in all of them: 2 GiB in float32, 512 groups of 64 x 512 x 512
 LARGE = ("means", "logvars")
 
 

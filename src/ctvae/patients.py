@@ -6,7 +6,7 @@ import csv
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ BY_DEFAULT = "header or file name"
 class Patients:
     """Who a scan is of."""
 
-    def __init__(self, found: Sequence[Found], pattern: str | None, known: dict[str, str] | None):
+    def __init__(self, found: Iterable[Found], pattern: str | None, known: dict[str, str] | None):
         self.pattern, self.known = pattern, known
         pairs = ((_number(scan.root, scan.stem), _number(scan.path.parent)) for scan in found)
         where = np.fromiter((number for pair in pairs for number in pair), np.uint64).reshape(-1, 2)  # [N 2]

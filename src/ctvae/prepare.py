@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +39,7 @@ from ctvae.intake import (
 )
 from ctvae.patients import Patients, known_patients, told_apart_by
 from ctvae.preprocess import RESTS
-from ctvae.scan import PREPARED_MARK, Found, find_scans, label_folders, without_suffix
+from ctvae.scan import PREPARED_MARK, Found, FoundScans, find_scans, label_folders, without_suffix
 
 Progress = Callable[[int, int, str], None]  # done, total, what was just finished
 EARLIER_SALT = "ctvae patient"  # of datasets that were begun before each had its own
@@ -174,10 +174,10 @@ def _begun(mark: Path) -> dict[str, Any]:
     return begun
 
 
-class _Jobs(Sequence[Job]):
+class _Jobs:
     """A job for each scan, made when it is asked for. Their ids are unique."""
 
-    def __init__(self, found: Sequence[Found], out: Path, settings: Settings, label_dirs: list[Path], salt: str):
+    def __init__(self, found: FoundScans, out: Path, settings: Settings, label_dirs: list[Path], salt: str):
         self.found, self.out, self.settings, self.label_dirs, self.salt = found, out, settings, label_dirs, salt
         self.other_ids: dict[int, str] = {}  # of scans with the same name in two sources, or as .nii and .nii.gz
         taken = set()
@@ -191,14 +191,11 @@ class _Jobs(Sequence[Job]):
     def __len__(self) -> int:
         return len(self.found)
 
-    @overload
-    def __getitem__(self, place: int) -> Job: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Job]: ...
-    def __getitem__(self, place: int | slice) -> Job | list[Job]:
+    def __iter__(self) -> Iterator[Job]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, place: int) -> Job:
         """To be done: the scan's files are looked at."""
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
         job = self.done(place)
         label_path = _label_path(job.found, self.label_dirs)
         return replace(job, label_path=label_path, fingerprint=fingerprint(job.found, self.settings, label_path))

@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
 
 from ctvae import dicom, nifti
 from ctvae.errors import InputError, ScanRejected
@@ -50,7 +49,7 @@ class Found:
         return _as_text(without_suffix(self.path.resolve().name if self.series else self.path.name))
 
 
-class FoundScans(Sequence[Found]):
+class FoundScans:
     """Very many of them, in little memory: of each its path as text, of a series its files' names, compressed."""
 
     def __init__(self) -> None:
@@ -68,14 +67,10 @@ class FoundScans(Sequence[Found]):
     def __len__(self) -> int:
         return len(self._paths)
 
-    @overload
-    def __getitem__(self, place: int) -> Found: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Found]: ...
-    def __getitem__(self, place: int | slice) -> Found | list[Found]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        number = range(len(self))[place]
+    def __iter__(self) -> Iterator[Found]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, number: int) -> Found:
         path, root = Path(self._paths[number]), self._roots[number]
         if number not in self._series:
             return Found(path, root, (path,))

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from ctvae import flow
 from ctvae.device import generator
 from ctvae.evaluation.distances import kernel_distance
-from ctvae.latents import MOST_FITTED_NUMBERS, LatentCode, LatentSet, most_fitted
+from ctvae.latents import LatentCode, LatentSet, most_fitted
 from ctvae.wiener import WienerVelocity
 
 SAMPLES = 48
+MOST_HELD_NUMBERS = 2**26  # of the training groups' latents, in memory: 256 MiB
 SPLITS = 20  # of the held-out groups into halves, whose distances show what is noise
 MOST_COPIES = 0.02  # share of samples; more is worth a warning
 SOLVER_STEPS = 8  # Heun's; the same error at every moment, so it does not decide between them
@@ -97,7 +98,7 @@ class Known:
 
     def __init__(self, code: LatentCode, latents: LatentSet):
         self.code, self.latents = code, latents
-        many = len(latents) * math.prod(latents.shape) > MOST_FITTED_NUMBERS
+        many = len(latents) * math.prod(latents.shape) > MOST_HELD_NUMBERS
         self._held = None if many else torch.cat(list(self._read()))  # [N P]
 
     def nearest(self, rows: Tensor) -> Tensor:
