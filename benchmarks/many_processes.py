@@ -6,7 +6,8 @@ Phantoms are prepared and a network of a few thousand weights is trained in fp32
 process, once by several that torchrun starts on this machine (gloo), at the same batches. Then once more by several, of which
 one is killed -9 after the first checkpoint, and once by two agents of torchrun that meet, as on two machines. The prior alone is
 trained once more with its network cut up over the processes (prior.shard), and a larger one's step is weighed (sharded_step.py).
-Exit code 1 where curves differ by more than the tolerance, relative to the loss, or anything else is not as it should be.
+Exit code 1 where curves differ by more than the tolerance, relative to the loss (of a flow from latents of its own: to their
+variance, of which its loss is a share), or anything else is not as it should be.
 """
 
 from __future__ import annotations
@@ -106,20 +107,22 @@ def compare_curves(staged: Staged) -> bool:
         print(f"{stage}: {one[-1][0]} steps, {len(one)} reports, loss {one[0][1]:.4g} to {one[-1][1]:.4g}; "
               f"{staged.processes} processes differ by {largest:.1e} of it at most", flush=True)  # fmt: skip
         worst = max(worst, largest)
-    own = difference(staged.alone, staged.together, "flow")
-    print(f"flow from latents of its own: {staged.processes} processes differ by {own:.1e} of it at most", flush=True)
+    own, of_loss = (difference(staged.alone, staged.together, "flow", relative) for relative in (False, True))
+    print(f"flow from latents of its own: {staged.processes} processes differ by {own:.1e} of the latents' variance at most, "
+          f"{of_loss:.1e} of the loss", flush=True)  # fmt: skip
+    worst = max(worst, own)
     one, several = flat_weights(staged.alone), flat_weights(staged.together)
     change = (one - several).norm() / one.norm()
     print(f"weights of all networks: {one.numel()} numbers, differ by {change:.1e} of their norm", flush=True)
     return worst <= staged.tolerance and len(one) == len(several)
 
 
-def difference(first: Path, second: Path, stage: str) -> float:
-    """Largest between two runs' curves, relative to the loss; infinite where they report at other steps."""
+def difference(first: Path, second: Path, stage: str, relative: bool = True) -> float:
+    """Largest between two runs' curves, by default relative to the loss; infinite where they report at other steps."""
     one, other = curve(first, stage), curve(second, stage)
     if [step for step, _ in one] != [step for step, _ in other]:
         return math.inf
-    return max(abs(a - b) / abs(a) for (_, a), (_, b) in zip(one, other, strict=True))
+    return max(abs(a - b) / (abs(a) if relative else 1) for (_, a), (_, b) in zip(one, other, strict=True))
 
 
 def meet(staged: Staged) -> bool:

@@ -33,6 +33,7 @@ import torch
 from ctvae import planner
 from ctvae.checkpoint import load
 from ctvae.config import Config, Size3, load_recipe
+from ctvae.dataset import Group
 from ctvae.intensity import multiple_above
 from ctvae.latents import LatentSet
 from ctvae.model import open_model
@@ -79,6 +80,9 @@ SETTINGS = [
     Setting("wavelet3d", "64x256x256", overrides=WHOLE),
     Setting("wavelet3d", "64x256x256", overrides=(*WHOLE, *CHECKPOINTING)),
     Setting("wavelet3d", "64x256x256", overrides=("data.patch=[64,128,128]", "autoencoder.batch=1")),
+    Setting("wavelet3d", "64x512x512", overrides=WHOLE),
+    Setting("wavelet3d", "64x512x512", overrides=(*WHOLE, *CHECKPOINTING)),
+    Setting("wavelet3d", "64x512x512", what="polish", overrides=("data.patch=null", "autoencoder.batch=1", "polish.batch=1")),
     Setting("wavelet3d", "64x128x128", what="polish"),
     Setting("wavelet3d", "64x128x128", what="polish", overrides=("data.patch=null", "polish.batch=1")),
     Setting("wavelet3d", "64x256x256", what="encode"),
@@ -156,7 +160,7 @@ def encoded(folder: Path, cfg: Config, groups: TrainingGroups) -> LatentSet:
 
 def random_groups(cfg: Config, hu: np.ndarray) -> TrainingGroups:
     """As many groups as validation looks at, all the same array."""
-    group = SimpleNamespace(shape=hu.shape, affine=np.eye(4), spacing_mm=(1.0, 1.0, 1.0), position=0.5, id="random")
+    group = Group("random", "random", "train", "", None, hu.shape, (1.0, 1.0, 1.0), np.eye(4), 0.5, 0, "random", "")
     return TrainingGroups(SimpleNamespace(hu=lambda _: hu), [group] * VALIDATION_GROUPS, cfg.data, dry.whole(cfg))
 
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from ctvae.checkpoint import EMA
 from ctvae.config import load_recipe
 from ctvae.device import generator, make_fabric, place
-from ctvae.ranks import Ranks, joined
+from ctvae.ranks import Ranks, joined, leave
 from ctvae.sharding import whole
 from ctvae.training.optimizer import build_optimizer
 from ctvae.training.prior import Batch, FlowObjective, build_velocity
@@ -93,3 +93,4 @@ def reset_peak() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

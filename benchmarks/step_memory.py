@@ -62,7 +62,8 @@ def measure(cfg: Config, size: tuple[int, int, int], steps: int) -> dict:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss_bytes() - before
-    predicted = dry.training(with_overrides(cfg, [f"data.shape={list(size)}"]), Kernels(device.type, torch.get_num_threads()))
+    whole = with_overrides(cfg, [f"data.shape={list(size)}", "data.patch=null"])
+    predicted = dry.training(whole, Kernels(device.type, torch.get_num_threads()))
     return {
         "method": cfg.method,
         "size": size,

@@ -270,3 +270,19 @@ def test_more_processes_than_cards_are_refused(second_of_two, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="2 processes on a machine with 1 cards; say --nproc-per-node 1"), ranks.joined():
         raise AssertionError
+
+
+LEAVES = """
+import atexit, os
+from ctvae.ranks import leave
+atexit.register(os._exit, 9)  # stands for what goes wrong while Python is taken apart
+print("said")
+leave(3)
+"""
+
+
+@pytest.mark.parametrize(("world", "code"), [("2", 3), ("1", 9)])
+def test_one_of_several_leaves_before_python_is_taken_apart(world, code):
+    said = {"TORCHELASTIC_RUN_ID": "test", "RANK": "0", "WORLD_SIZE": world, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": world}
+    done = subprocess.run([sys.executable, "-c", LEAVES], env=os.environ | said, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, "said\n")

@@ -19,7 +19,7 @@ from ctvae.config import load_recipe
 from ctvae.device import generator
 from ctvae.errors import ConfigError
 from ctvae.latents import LatentCode, LatentSet
-from ctvae.ranks import ALONE, Ranks, joined
+from ctvae.ranks import ALONE, Ranks, joined, leave
 from ctvae.runlog import Run
 from ctvae.sharding import gathered, load_into, own_part, whole
 from ctvae.training import settings
@@ -214,3 +214,4 @@ if __name__ == "__main__":
             rewrite(Path(rest[0]), here)
         else:
             poison(here)
+    leave(0)

@@ -8,19 +8,21 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import typer
 
 from ctvae.cli import app
 from ctvae.errors import CtvaeError
+from ctvae.ranks import leave
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 _DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave. `arguments` default to the process's own."""
-    raise SystemExit(run(arguments))
+    leave(run(arguments))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from ctvae.errors import ConfigError, CtvaeError, InputError
 
@@ -169,6 +170,19 @@ def _fresh_store(ranks: Ranks) -> Store:
             continue
         store.set_timeout(PATIENCE)
         return store
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code; one of several at once, without taking Python apart.
+
+    PyTorch's caches keep a sharded network's groups, whose threads so outlive them, and one that lets a tensor go while Python
+    is being taken apart aborts the process, after all is done (pytorch pull request 179291).
+    """
+    if here().world > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def refuse_several(verb: str) -> None:
