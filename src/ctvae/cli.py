@@ -133,6 +133,9 @@ def train(
         Path | None,
         typer.Option(help="CSV with a row per scan or patient; its columns (--set prior.columns=[A,B]: those) are conditions."),
     ] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", metavar="MODEL", help="Begin with a trained model's weights instead of random ones.")
+    ] = None,
 ) -> None:
     """Train an autoencoder, then its priors.
 
@@ -146,7 +149,7 @@ def train(
 
     run = train(
         dataset, out, method=method, stage=stage, overrides=_overrides(settings, window), minutes=minutes, hours=hours,
-        plan=plan, memory_gb=parse_memory(memory) if memory else None, conditions=conditions,
+        plan=plan, memory_gb=parse_memory(memory) if memory else None, conditions=conditions, start=start,
     )  # fmt: skip
     if not is_first():
         return

@@ -23,6 +23,7 @@ from ctvae.runlog import Clock, Curve, Run
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
+from ctvae.training.start import load_network
 from ctvae.training.tally import Tally
 
 VALIDATION_GROUPS = 4
@@ -95,6 +96,7 @@ def train_autoencoder(
     fabric = make_fabric(settings.precision, ranks)
     torch.manual_seed(cfg.seed)
     network = build(cfg.model, training.shape)
+    load_network(run, network)
     place(network, fabric.device)
     ema = EMA(network, settings.ema_decay)
     optimizer = build_optimizer(network, settings)

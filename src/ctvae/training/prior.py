@@ -28,6 +28,7 @@ from ctvae.runlog import Clock, Curve, Run
 from ctvae.sharding import gathered, whole
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
+from ctvae.training.start import load_flow
 from ctvae.training.tally import Tally
 from ctvae.training.watch import FEWEST_HELD_OUT, MOST_COPIES, Seen, Watch
 from ctvae.wiener import WienerVelocity
@@ -110,6 +111,7 @@ def train_prior(run: Run, cfg: Config, latents: LatentSet, held_out: LatentSet |
     torch.manual_seed(cfg.seed)
     wiener = fit_wiener(cfg.prior, code, latents)
     network = build_velocity(cfg.prior, shape, len(latents.names), wiener)
+    load_flow(run, network, latents.names)
     watch = None
     if held_out is not None and len(held_out) >= FEWEST_HELD_OUT and cfg.prior.looks:
         watch = Watch(code, wiener, latents, held_out, conditioning.standard(held_out.conditions), cfg.seed)

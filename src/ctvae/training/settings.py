@@ -1,6 +1,6 @@
 """A run's settings, from what was asked: recipe, plan file, the run's own record, the dataset's geometry, the memory.
 
-Later ones win:  recipe  <  decided here (strides; a plan where memory is short)  <  plan.yaml  <  --set
+Later ones win:  recipe  <  weights to start from  <  decided here (strides; a plan where memory is short)  <  plan.yaml  <  --set
 
 What was decided is written to run.json as `planned`, so that the same command resumes with it, whatever is free by then.
 """
@@ -18,6 +18,7 @@ from ctvae.config import Config, Size3, Wavelet3D, load_config, load_recipe, wit
 from ctvae.dataset import Dataset
 from ctvae.errors import ConfigError, DoesNotFit
 from ctvae.planning.sizes import written
+from ctvae.training import start
 from ctvae.training.groups import training_shape
 from ctvae.training.pace import STAGES, steps_for
 
@@ -39,6 +40,7 @@ class Asked:
     plan: Path | None = None
     memory_gb: float | None = None
     processes: int = 1
+    start: Path | None = None  # folder of the model whose weights are to start from
 
     @property
     def pinned(self) -> set[str]:
@@ -63,13 +65,14 @@ def settle(dataset: Dataset, folder: Path, asked: Asked) -> Settled:
         raise ConfigError("--memory plans for one process; `ctvae plan` with the batch of one of them says what it needs")
     method = _method(folder, asked)
     begun = (folder / "config.yaml").exists()
-    planned = _recorded(folder) if begun else ()
+    planned = _recorded(folder) if begun else _of_the_start(method, asked)
     if asked.plan is not None:
         planned = _merged(planned, planner.plan_overrides(asked.plan))
         return _settled(dataset, method, planned, asked, f"settings from {asked.plan}")
     if begun and asked.memory_gb is None:
         return _settled(dataset, method, planned, asked, "")
-    planned = _merged([text for text in planned if _key(text) not in planner.MEMORY_KEYS], _strides(dataset, method, asked))
+    strides = [] if asked.start else _strides(dataset, method, asked)
+    planned = _merged([text for text in planned if _key(text) not in planner.MEMORY_KEYS], strides)
     settled = _settled(dataset, method, planned, asked, "")
     if asked.memory_gb is None and (asked.processes > 1 or _surely_fits(settled.cfg)):
         return settled
@@ -129,6 +132,16 @@ def _settled(dataset: Dataset, method: str, planned: Sequence[str], asked: Asked
     return Settled(cfg, tuple(text for text in planned if _key(text) not in asked.pinned), note)
 
 
+def _of_the_start(method: str, asked: Asked) -> tuple[str, ...]:
+    """What the weights to start from decide. Raises ConfigError where something else was asked."""
+    if asked.start is None:
+        return ()
+    own, overrides = start.settings_of(asked.start, asked.overrides)
+    if own != method:
+        raise ConfigError(f"--from: that model is {own}, not {method}; leave out --method")
+    return tuple(overrides)
+
+
 def _on_the_grid(cfg: Config) -> Size3 | None:
     """The patch that was asked for, up to the next size that the network takes."""
     if cfg.data.patch is None:
@@ -144,9 +157,9 @@ def _method(folder: Path, asked: Asked) -> str:
         if asked.method not in (None, planned):
             raise ConfigError(f"{asked.plan}: is a plan for {planned}, not for {asked.method}; leave out --method")
         return planned
-    saved = folder / "config.yaml"
-    if asked.method is None and saved.exists():
-        return load_config(saved).method
+    for saved in [folder / "config.yaml"] + ([asked.start / "config.yaml"] if asked.start else []):
+        if asked.method is None and saved.exists():
+            return load_config(saved).method
     return asked.method or "wavelet3d"
 
 

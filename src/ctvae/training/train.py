@@ -17,6 +17,7 @@ from ctvae.dataset import Dataset
 from ctvae.device import deterministic
 from ctvae.errors import ConfigError, DoesNotFit, ModelError
 from ctvae.latents import LatentSet, is_complete
+from ctvae.model import model_folder
 from ctvae.models import build
 from ctvae.ranks import Ranks, joined
 from ctvae.runlog import Run
@@ -28,6 +29,7 @@ from ctvae.training.pace import shares
 from ctvae.training.polish import polish_decoder
 from ctvae.training.prior import train_prior
 from ctvae.training.settings import HOURS_KEYS, Asked, Settled, chosen, refuse_uneven, settle, smaller, with_hours
+from ctvae.training.start import begin, started, take_autoencoder
 
 CONDITIONS_FILE = "conditions.json"  # in the run folder: a user's columns by group
 STAGES = ("autoencoder", "prior", "both")
@@ -45,6 +47,7 @@ def train(
     memory_gb: float | None = None,
     hours: float | None = None,
     conditions: Path | str | None = None,
+    start: Path | str | None = None,
 ) -> Path:
     """Train `method`'s autoencoder and then its priors on a prepared dataset; the same call again resumes.
 
@@ -53,6 +56,7 @@ def train(
     wavelet3d. `plan` is a plan.yaml; `memory_gb` plans for that much. By default the machine's memory is looked at, and
     what was asked is changed only where it does not fit. `conditions` is a CSV with a row per scan or patient (columns `scan` or
     `patient`) whose other columns the flow is told, all or those of `prior.columns`; `generate` can ask for their values.
+    `start` is a run folder or packaged model whose weights the training begins with (`training/start.py`).
     Processes that torchrun started train together (docs/scaling.md).
     Returns the run folder.
 
@@ -62,12 +66,15 @@ def train(
     folder = Path(out)
     with joined() as ranks:
         data = Dataset.open(Path(dataset))
-        asked = Asked(tuple(overrides), method, Path(plan) if plan is not None else None, memory_gb, ranks.world)
+        source = model_folder(start) if start is not None else None
+        asked = Asked(tuple(overrides), method, Path(plan) if plan is not None else None, memory_gb, ranks.world, source)
         settled = _as_the_first(ranks, lambda: _settled(data, folder, asked, stage, minutes, hours))
         if ranks.first:
             replanned = plan is not None or memory_gb is not None
             run = Run.create_or_resume(folder, settled.cfg, data.fingerprint, settled.planned, replanned)
             _columns(run, data, settled.cfg, conditions)  # into the run folder
+            if source is not None:
+                begin(run, source)
         ranks.barrier()
         columns = _columns(Run(folder), data, settled.cfg, None)
         with deterministic(settled.cfg.deterministic):
@@ -110,6 +117,10 @@ class _Stages:
         self.run, self.data, self.asked, self.settled, self.columns, self.ranks = run, data, asked, settled, columns, ranks
 
     def train(self, stage: str) -> None:
+        weights = self.run.folder / "autoencoder.safetensors"
+        if stage == "prior" and self.ranks.told(lambda: started(self.run) and not weights.exists()):
+            take_autoencoder(self.run, self.settled.cfg)
+            self.ranks.barrier()
         if stage != "prior":
             self._once("autoencoder", self._autoencoder)
         if stage != "prior" and self.settled.cfg.polish.enabled:

@@ -1,0 +1,127 @@
+"""Where a training starts from: another model's weights instead of random ones (`ctvae train --from MODEL`).
+
+They are copied into the run folder, so that it resumes without the model:
+
+    run/from/config.yaml, autoencoder.safetensors, prior-flow.safetensors
+
+The autoencoder is taken over and, unless the prior alone is trained, goes on learning. The flow's network is taken over where its
+sizes are the same; what is fitted in closed form (scales, the Wiener filter) is fitted to the new latents.
+
+Shapes:  K conditions   E embedding
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctvae import files
+from ctvae.checkpoint import built, file_hash, load, save
+from ctvae.conditions import BEFORE_NAMES
+from ctvae.config import Config, load_config
+from ctvae.errors import ConfigError, ModelError
+from ctvae.models import build
+from ctvae.runlog import Run
+
+FILES = ("config.yaml", "autoencoder.safetensors", "prior-flow.safetensors")
+TOLD = "condition.0.weight"  # of the flow's networks: the first layer that the conditions meet
+WEIGHTS_DECIDE = {  # settings that the weights fix
+    "model": None,  # all but how they are computed with
+    "data": ("window_hu",),
+    "prior": ("widths", "blocks", "mlp_width"),
+}
+NOT_OF_THE_WEIGHTS = {"checkpointing"}
+
+
+def settings_of(model: Path, pinned: Sequence[str]) -> tuple[str, list[str]]:
+    """The method of the model in folder `model`, and what its weights decide, as `key=value`.
+
+    `pinned` are settings that a person gave. Raises ConfigError where they say otherwise.
+    """
+    cfg = load_config(model / "config.yaml")
+    tree = cfg.model_dump(mode="json")
+    given = dict(text.split("=", 1) for text in pinned)
+    overrides = []
+    for section, names in WEIGHTS_DECIDE.items():
+        for name in names or tree[section]:
+            key, value = f"{section}.{name}", tree[section][name]
+            if name in NOT_OF_THE_WEIGHTS or name == "kind":
+                continue
+            if key in given and files.parsed_yaml(given[key]) != value:
+                raise ConfigError(f"{key}={given[key]}: the weights to start from have {value}; leave it out, or --from")
+            overrides.append(f"{key}={value}")
+    return cfg.method, overrides
+
+
+def begin(run: Run, model: Path) -> None:
+    """Copy the weights to start from into the run folder. Raises ConfigError where it has begun from others."""
+    folder = run.folder / "from"
+    begun = run.state.get("from")
+    ours = file_hash(model / FILES[1])
+    if begun is not None and begun != ours:
+        raise ConfigError(f"{run.folder}: was begun from another model; choose another --out")
+    if begun is None and (run.state["stages"] or any((run.folder / "checkpoints").glob("*.safetensors"))):
+        raise ConfigError(f"{run.folder}: has been trained already; --from begins a new run, choose another --out")
+    for name in FILES:
+        if (model / name).is_file() and not (folder / name).is_file():
+            with files.atomic(folder / name) as temporary:
+                shutil.copyfile(model / name, temporary)
+    run.note(**{"from": ours})
+
+
+def started(run: Run) -> bool:
+    return "from" in run.state
+
+
+def load_network(run: Run, network: nn.Module) -> None:
+    """Gives a new autoencoder the weights to start from, if the run has any. Raises ModelError where they do not fit."""
+    if started(run):
+        tensors, _ = load(run.folder / "from" / FILES[1])
+        network.load_state_dict(built(lambda: network, tensors, run.folder / "from").state_dict())
+
+
+def take_autoencoder(run: Run, cfg: Config) -> None:
+    """The autoencoder to start from as the run's own, finished."""
+    tensors, meta = load(run.folder / "from" / FILES[1])
+    assert cfg.data.shape is not None
+    shape = cfg.data.shape
+    network = built(lambda: build(cfg.model, shape), tensors, run.folder / "from")
+    meta = {**meta, "config": cfg.model_dump(mode="json"), "shape": shape}
+    save(run.folder / FILES[1], network.state_dict(), meta)
+    run.finish_stage("autoencoder", taken_from=run.state["from"])
+
+
+def load_flow(run: Run, network: nn.Module, names: Sequence[str]) -> bool:
+    """Gives the flow's network, told the conditions `names`, the weights to start from; False where there are none that fit.
+
+    A condition that the other model was not told begins without effect.
+    """
+    path = run.folder / "from" / FILES[2]
+    if not started(run) or not path.is_file():
+        return False
+    tensors, meta = load(path)
+    below = "flow.correction."
+    held = {name.removeprefix(below): value.float() for name, value in tensors.items() if name.startswith(below)}
+    correction: Any = network.correction
+    own = correction.state_dict()
+    for name in [name for name in held if name.endswith(TOLD)]:
+        held[name] = _told(held[name], list(meta.get("conditions", BEFORE_NAMES)), list(names))
+    if {name: v.shape for name, v in held.items()} != {name: v.shape for name, v in own.items()}:
+        return False
+    correction.load_state_dict(held)
+    return True
+
+
+def _told(weight: Tensor, before: list[str], names: list[str]) -> Tensor:
+    """The first layer's weights [E 2K] (K values, then whether each is given) for other conditions, by name."""
+    if weight.shape[1] != 2 * len(before):
+        raise ModelError("the flow to start from does not match the names of its conditions; train it again")
+    columns = weight.unflatten(1, (2, len(before)))  # [E 2 K]
+    none = torch.zeros_like(columns[..., :1])
+    chosen = [columns[..., [before.index(name)]] if name in before else none for name in names]
+    return torch.cat(chosen, dim=2).flatten(1)
