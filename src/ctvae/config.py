@@ -193,6 +193,20 @@ class Polish(Training):
     discriminator_lr: Positive = 2e-4
 
 
+class Detail(Training):
+    """Drawing what the decoder leaves out, by a flow on Haar bands given what it drew (spatial latents only; `models/detail.py`)."""
+
+    enabled: bool = False
+    steps: Steps = 4000
+    batch: Steps = 4
+    lr: Positive = 1e-3
+    save_every: int = Field(400, ge=1)
+    guess_widths: Widths = Field((32, 64, 96), description="channels per resolution of the network that guesses mean and spread")
+    widths: Widths = Field((48, 96, 128), description="channels per resolution of the flow's network")
+    latent_noise: float = Field(0.1, ge=0, description="noise on the latents, in standard deviations")
+    sampling_steps: int = Field(8, ge=1, le=1000, description="evaluations of the flow for a volume")
+
+
 class Prior(Training):
     """A rectified flow over latents: a U-Net for spatial ones, an MLP for vectors (`models/velocity.py`)."""
 
@@ -230,6 +244,7 @@ class Config(Section):
     data: Data = Data()
     autoencoder: AutoencoderTraining = AutoencoderTraining()
     polish: Polish = Polish()
+    detail: Detail = Detail()
     prior: Prior = Prior()
 
     @model_validator(mode="after")
