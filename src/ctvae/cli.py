@@ -115,7 +115,7 @@ def train(
         str | None,
         typer.Option(help="Which recipe; `ctvae methods` lists them. [default: the run's own, else wavelet3d]"),
     ] = None,
-    stage: Annotated[Literal["autoencoder", "prior", "both"], typer.Option(help="What to train.")] = "both",
+    stage: Annotated[Literal["autoencoder", "detail", "prior", "both"], typer.Option(help="What to train; both: all.")] = "both",
     settings: Settings = None,
     window: Window = None,
     minutes: Annotated[
@@ -154,7 +154,7 @@ def train(
     if not is_first():
         return
     typer.echo(run)
-    if stage != "autoencoder":
+    if stage in ("prior", "both"):
         _next(f"ctvae generate {run} --out DIR -n 4")
 
 
@@ -239,6 +239,9 @@ def generate(
     slices: Annotated[
         int | None, typer.Option(min=2, help="Axial slices; more than the model's are slabs made as one. [default: the model's]")
     ] = None,
+    detail: Annotated[
+        bool, typer.Option("--detail/--no-detail", help="Draw what the decoder leaves out, or take its mean: smoother.")
+    ] = True,
 ) -> None:
     """Generate synthetic scans.
 
@@ -252,7 +255,7 @@ def generate(
 
     paths = generate(
         model, out, count=count, seed=seed, prior=prior, steps=steps, overwrite=overwrite, solver=solver, guidance=guidance,
-        conditions=_conditions(condition or []), slices=slices,
+        conditions=_conditions(condition or []), slices=slices, detail=detail,
     )  # fmt: skip
     for path in paths if is_first() else ():
         typer.echo(path)
@@ -263,6 +266,10 @@ def reconstruct(
     model: ModelArgument,
     scan: ScanArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="NIfTI file to write.")],
+    drawn: Annotated[
+        bool, typer.Option("--drawn", help="Draw what the decoder leaves out, as generated scans have it, instead of its mean.")
+    ] = False,
+    seed: Seed = 0,
 ) -> None:
     """Encode and decode one scan.
 
@@ -272,7 +279,7 @@ def reconstruct(
     """
     from ctvae.generate import reconstruct
 
-    typer.echo(reconstruct(model, scan, out))
+    typer.echo(reconstruct(model, scan, out, drawn=drawn, seed=seed))
 
 
 @app.command()

@@ -194,7 +194,7 @@ class Polish(Training):
 
 
 class Detail(Training):
-    """Drawing what the decoder leaves out, by a flow on Haar bands given what it drew (spatial latents only; `models/detail.py`)."""
+    """Drawing what the decoder leaves out, by a flow given what it drew (spatial latents only; `models/detail.py`)."""
 
     enabled: bool = False
     steps: Steps = 4000
@@ -248,9 +248,10 @@ class Config(Section):
     prior: Prior = Prior()
 
     @model_validator(mode="after")
-    def _only_spatial_decoders_are_polished(self) -> Config:
-        if self.polish.enabled and self.model.kind != "wavelet3d":
-            raise ValueError(f"polish.enabled: {self.model.kind} has no spatial latents; leave it false")
+    def _only_spatial_decoders_are_sharpened(self) -> Config:
+        for name, section in (("polish", self.polish), ("detail", self.detail)):
+            if section.enabled and self.model.kind != "wavelet3d":
+                raise ValueError(f"{name}.enabled: {self.model.kind} has no spatial latents; leave it false")
         return self
 
 

@@ -9,8 +9,8 @@ What it leaves out is taken for random here, and its distribution is learned in 
     u      = (r - m) / s, which has unit variance everywhere, in bone as in soft tissue and in air
     u      ~ a rectified flow given y, from N(0, I)                                (flow.py)
 
-The flow's velocity is that between two standard Gaussians, in closed form, plus a correction that starts at zero: untrained, the flow
-draws independent u, whose strength is right at every place; what is left to learn is how they hang together. All layers
+The flow's velocity is that between two standard Gaussians, in closed form, plus a correction that starts at zero: untrained, the
+flow draws independent u, whose strength is right at every place; what is left to learn is how they hang together. All layers
 are convolutions and per-voxel operations, so a tile with its halo gives what the whole would.
 
 Shapes:  B batch   D H W voxels   d h w = D/2 H/2 W/2   b = 8 bands   C channels   E embedding
@@ -42,7 +42,7 @@ class DetailNetwork(nn.Module):
         self.correction = Trunk(4 * BANDS, BANDS, cfg.widths, timed=True)
 
     def condition(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the decoder drew [B 1 D H W] -> its bands, and mean and log standard deviation of what is missing, [B b d h w] each."""
+        """What the decoder drew [B 1 D H W] -> its bands; mean and log spread of what is missing: [B b d h w] each."""
         bands = haar.forward(y)
         mean, log_std = self.guess(bands).float().chunk(2, dim=1)
         return bands, mean * math.exp(FIRST_LOG_STD), (log_std + FIRST_LOG_STD).clamp(*LOG_STD)

@@ -1,8 +1,8 @@
 """Stage 1c: what the decoder leaves out is learned as a distribution (`models/detail.py`). Encoder and decoder stay as they are.
 
 Two networks learn side by side: one guesses mean and spread of what is missing at each place, from what the decoder drew; the
-flow learns what is left once these are taken off, so nothing of its gradient reaches the guess. What the decoder draws is computed once
-for whole groups (`training/decoded.py`).
+flow learns what is left once these are taken off, so nothing of its gradient reaches the guess. What the decoder draws is
+computed once, for whole groups (`training/decoded.py`).
 
 Shapes:  B batch   D H W voxels   b d h w Haar bands at half the resolution
 """
@@ -10,6 +10,7 @@ Shapes:  B batch   D H W voxels   b d h w Haar bands at half the resolution
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ctvae import flow, haar, losses, pictures
 from ctvae.checkpoint import EMA, file_hash, save
 from ctvae.config import Config
+from ctvae.detail import DetailDrawer
 from ctvae.device import generator, make_fabric, place
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.detail import DetailNetwork, told
@@ -29,6 +31,7 @@ from ctvae.training.decoded import DecodedGroups
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
+from ctvae.training.start import DETAIL, load_network
 from ctvae.training.tally import Tally
 
 BETA = 0.5
@@ -52,6 +55,7 @@ class DetailObjective(nn.Module):
         self.network, self.ranks = network, ranks
 
     def forward(self, x: Tensor, y: Tensor, random: torch.Generator) -> dict[str, Tensor]:  # [B 1 D H W] each
+        x, y = even(x), even(y)
         bands, mean, log_std = self.network.condition(y)
         missing = haar.forward(x) - bands
         nll = gaussian_nll(missing, mean, log_std)
@@ -65,6 +69,12 @@ class DetailObjective(nn.Module):
             lambda u, t: self.network.velocity(u, t, context), u0, u1, t, mean=u1, std=torch.zeros_like(u1)
         )
         return {"nll": nll, "flow": matching.mean()}
+
+
+def even(x: Tensor) -> Tensor:
+    """[B 1 D H W] without an odd last plane, for a Haar step."""
+    d, h, w = (size // 2 * 2 for size in x.shape[2:])
+    return x[..., :d, :h, :w]
 
 
 def gaussian_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -91,6 +101,7 @@ def train_detail(
     pairs = DecodedGroups(training, run.folder / "decoded", cfg)
     pairs.decode(autoencoder, file_hash(run.folder / "autoencoder.safetensors"))
     network = DetailNetwork(settings)
+    load_network(run, network, DETAIL)
     place(network, fabric.device)
     ema = EMA(network, settings.ema_decay)
     optimizer = build_optimizer(network, settings)
@@ -146,9 +157,10 @@ def train_detail(
 
     curve.close()
     figures = {f"validation_{name}": round(value, 3) for name, value in held_out._asdict().items() if math.isfinite(value)}
-    save(run.folder / "detail.safetensors", ema.weights, {"steps": step, "seconds": round(clock.seconds), **figures})
+    save(run.folder / DETAIL, ema.weights, {"steps": step, "seconds": round(clock.seconds), **figures})
     run.finish_stage("detail", steps=step, seconds=round(clock.seconds), skipped_steps=tally.skipped, **figures)
     checkpoints.clear()
+    pairs.clear()
 
 
 @torch.no_grad()
@@ -163,19 +175,18 @@ def validate_detail(
         return HeldOutDetail()
     rows, figures = [], []
     device = next(network.parameters()).device
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=cfg.detail.precision == "bf16")
+    drawer = DetailDrawer(network, cfg.detail, autocast)
     for index in range(min(VALIDATION_GROUPS, len(groups))):
-        x = groups.plain(index)[None].to(device)
-        random = generator(1, index, stream=23)
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.detail.precision == "bf16"):
-            y = autoencoder.decode(autoencoder.encode(x)[0]).float()
-            with_mean = with_detail(network, y, None, cfg.detail.sampling_steps).clamp(-1, 1)
-            noise = torch.randn(haar.forward(y).shape, generator=random).to(device)
-            drawn = with_detail(network, y, noise, cfg.detail.sampling_steps).clamp(-1, 1)
+        x = groups.plain(index)[None]
+        with autocast():
+            y = autoencoder.decode(autoencoder.encode(x.to(device))[0]).float().cpu()
+        with_mean, drawn = drawer.mean(y).clamp(-1, 1), drawer.drawn(y, generator(1, index, stream=23)).clamp(-1, 1)
         y = y.clamp(-1, 1)
         psnrs = [psnr_db(x, other) for other in (y, with_mean, drawn)]
         figures.append([*psnrs, *(losses.detail_gap_db(x, other) for other in (y, drawn))])
         for name, volume in (("held out", x), ("decoded", y), ("with detail", drawn)):
-            rows.append((name, groups.as_volume(index, volume[0, 0].cpu())))
+            rows.append((name, groups.as_volume(index, volume[0, 0])))
     if not rows:
         return HeldOutDetail()
     pictures.preview(rows, run.folder / "previews" / "detail.png", cfg.data.window_hu)
@@ -187,11 +198,3 @@ def psnr_db(x: Tensor, y: Tensor) -> float:
     return 10 * math.log10(4.0 / max(1e-12, (y - x).square().mean().item()))
 
 
-def with_detail(network: DetailNetwork, y: Tensor, noise: Tensor | None, steps: int) -> Tensor:
-    """y [B 1 D H W] with drawn detail, from `noise` [B b d h w]; without noise with its mean alone."""
-    bands, mean, log_std = network.condition(y)
-    if noise is None:
-        return haar.inverse(bands + mean)
-    context = told(bands, mean, log_std)
-    u = flow.sample(lambda u, t: network.velocity(u, t, context), noise, max(1, steps - 1), "ab2")
-    return haar.inverse(bands + mean + torch.exp(log_std) * u)

@@ -22,16 +22,19 @@ from ctvae.training.autoencoder import Objective
 from ctvae.training.optimizer import build_optimizer
 from ctvae.training.prior import Conditioning, FlowObjective, build_velocity, fit_wiener, flow_batches, to_device
 
-SHARES = {"autoencoder": 0.8, "polish": 0.0, "prior": 0.2}  # of the time for all stages; vector priors are quick
-POLISHED_SHARES = {"autoencoder": 0.3, "polish": 0.12, "prior": 0.58}
-STAGES = {"autoencoder": ("autoencoder", "polish"), "prior": ("prior",), "both": ("autoencoder", "polish", "prior")}
+SHARES = {"autoencoder": 0.8, "polish": 0.0, "detail": 0.0, "prior": 0.2}  # of the time for all stages; vector priors are quick
+SPATIAL_SHARES = {"autoencoder": 0.3, "polish": 0.12, "detail": 0.3, "prior": 0.58}
+STAGES = {"autoencoder": ("autoencoder", "polish"), "detail": ("detail",), "prior": ("prior",)}
+STAGES["both"] = ("autoencoder", "polish", "detail", "prior")
 MEASURED_STEPS = 3
 FEW_LATENTS = 4
 
 
 def shares(cfg: Config, stage: str) -> dict[str, float]:
     """Of the training time of `stage` (autoencoder, prior or both), by section of the settings."""
-    known = POLISHED_SHARES if cfg.polish.enabled else SHARES
+    known = dict(SPATIAL_SHARES if cfg.polish.enabled or cfg.detail.enabled else SHARES)
+    for name in ("polish", "detail"):
+        known[name] *= getattr(cfg, name).enabled
     total = sum(known[name] for name in STAGES[stage])
     return {name: known[name] / total for name in STAGES[stage] if known[name]}
 

@@ -113,14 +113,14 @@ def refuse_uneven(cfg: Config, stage: str, processes: int) -> None:
         raise ConfigError("prior.shard: there is one process to hold the network; leave it out, or start several by torchrun")
     for name in STAGES[stage]:
         batch = getattr(cfg, name).batch
-        if batch % processes and (name != "polish" or cfg.polish.enabled):
+        if batch % processes and getattr(getattr(cfg, name), "enabled", True):
             above = -(-batch // processes) * processes
             raise ConfigError(f"{name}.batch {batch} does not divide among {processes} processes; add --set {name}.batch={above}")
 
 
 def _share(cfg: Config, processes: int) -> Config:
     """With the batches of one process."""
-    sections = {name: getattr(cfg, name) for name in ("autoencoder", "polish", "prior")}
+    sections = {name: getattr(cfg, name) for name in STAGES["both"]}
     shared = {name: section.model_copy(update={"batch": section.batch // processes}) for name, section in sections.items()}
     return cfg.model_copy(update=shared) if processes > 1 else cfg
 

@@ -2,7 +2,7 @@
 
 They are copied into the run folder, so that it resumes without the model:
 
-    run/from/config.yaml, autoencoder.safetensors, prior-flow.safetensors
+    run/from/config.yaml, autoencoder.safetensors, detail.safetensors, prior-flow.safetensors
 
 The autoencoder is taken over and, unless the prior alone is trained, goes on learning. The flow's network is taken over where its
 sizes are the same; what is fitted in closed form (scales, the Wiener filter) is fitted to the new latents.
@@ -28,11 +28,13 @@ from ctvae.errors import ConfigError, ModelError
 from ctvae.models import build
 from ctvae.runlog import Run
 
-FILES = ("config.yaml", "autoencoder.safetensors", "prior-flow.safetensors")
+AUTOENCODER, DETAIL, FLOW = "autoencoder.safetensors", "detail.safetensors", "prior-flow.safetensors"
+FILES = ("config.yaml", AUTOENCODER, DETAIL, FLOW)
 TOLD = "condition.0.weight"  # of the flow's networks: the first layer that the conditions meet
 WEIGHTS_DECIDE = {  # settings that the weights fix
     "model": None,  # all but how they are computed with
     "data": ("window_hu",),
+    "detail": ("widths", "guess_widths"),
     "prior": ("widths", "blocks", "mlp_width"),
 }
 NOT_OF_THE_WEIGHTS = {"checkpointing"}
@@ -62,7 +64,7 @@ def begin(run: Run, model: Path) -> None:
     """Copy the weights to start from into the run folder. Raises ConfigError where it has begun from others."""
     folder = run.folder / "from"
     begun = run.state.get("from")
-    ours = file_hash(model / FILES[1])
+    ours = file_hash(model / AUTOENCODER)
     if begun is not None and begun != ours:
         raise ConfigError(f"{run.folder}: was begun from another model; choose another --out")
     if begun is None and (run.state["stages"] or any((run.folder / "checkpoints").glob("*.safetensors"))):
@@ -78,21 +80,25 @@ def started(run: Run) -> bool:
     return "from" in run.state
 
 
-def load_network(run: Run, network: nn.Module) -> None:
-    """Gives a new autoencoder the weights to start from, if the run has any. Raises ModelError where they do not fit."""
-    if started(run):
-        tensors, _ = load(run.folder / "from" / FILES[1])
+def load_network(run: Run, network: nn.Module, name: str = AUTOENCODER) -> None:
+    """Gives a new network the weights in file `name` to start from, if there are any. Raises ModelError where they do not fit."""
+    if started(run) and (run.folder / "from" / name).is_file():
+        tensors, _ = load(run.folder / "from" / name)
         network.load_state_dict(built(lambda: network, tensors, run.folder / "from").state_dict())
 
 
-def take_autoencoder(run: Run, cfg: Config) -> None:
-    """The autoencoder to start from as the run's own, finished."""
-    tensors, meta = load(run.folder / "from" / FILES[1])
+def take_autoencoder(run: Run, cfg: Config, with_detail: bool) -> None:
+    """The autoencoder to start from as the run's own, finished; its detail networks, too, if they are wanted and there."""
+    detail = run.folder / "from" / DETAIL
+    if with_detail and detail.is_file():
+        save(run.folder / DETAIL, *load(detail))
+        run.finish_stage("detail", taken_from=run.state["from"])
+    tensors, meta = load(run.folder / "from" / AUTOENCODER)
     assert cfg.data.shape is not None
     shape = cfg.data.shape
     network = built(lambda: build(cfg.model, shape), tensors, run.folder / "from")
     meta = {**meta, "config": cfg.model_dump(mode="json"), "shape": shape}
-    save(run.folder / FILES[1], network.state_dict(), meta)
+    save(run.folder / AUTOENCODER, network.state_dict(), meta)
     run.finish_stage("autoencoder", taken_from=run.state["from"])
 
 
@@ -101,7 +107,7 @@ def load_flow(run: Run, network: nn.Module, names: Sequence[str]) -> bool:
 
     A condition that the other model was not told begins without effect.
     """
-    path = run.folder / "from" / FILES[2]
+    path = run.folder / "from" / FLOW
     if not started(run) or not path.is_file():
         return False
     tensors, meta = load(path)

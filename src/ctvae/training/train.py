@@ -22,17 +22,17 @@ from ctvae.models import build
 from ctvae.ranks import Ranks, joined
 from ctvae.runlog import Run
 from ctvae.training.autoencoder import train_autoencoder
+from ctvae.training.detail import train_detail
 from ctvae.training.encoding import encode_groups
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import repeated_smaller
-from ctvae.training.pace import shares
+from ctvae.training.pace import STAGES, shares
 from ctvae.training.polish import polish_decoder
 from ctvae.training.prior import train_prior
 from ctvae.training.settings import HOURS_KEYS, Asked, Settled, chosen, refuse_uneven, settle, smaller, with_hours
 from ctvae.training.start import begin, started, take_autoencoder
 
 CONDITIONS_FILE = "conditions.json"  # in the run folder: a user's columns by group
-STAGES = ("autoencoder", "prior", "both")
 
 
 def train(
@@ -118,15 +118,15 @@ class _Stages:
 
     def train(self, stage: str) -> None:
         weights = self.run.folder / "autoencoder.safetensors"
-        if stage == "prior" and self.ranks.told(lambda: started(self.run) and not weights.exists()):
-            take_autoencoder(self.run, self.settled.cfg)
+        if "autoencoder" not in STAGES[stage] and self.ranks.told(lambda: started(self.run) and not weights.exists()):
+            take_autoencoder(self.run, self.settled.cfg, with_detail=stage == "prior")
             self.ranks.barrier()
-        if stage != "prior":
-            self._once("autoencoder", self._autoencoder)
-        if stage != "prior" and self.settled.cfg.polish.enabled:
-            self._once("polish", self._polish)
-        if stage != "autoencoder":
-            self._once("prior", self._prior)
+        train = {
+            "autoencoder": self._autoencoder, "polish": self._polish, "detail": self._detail, "prior": self._prior,
+        }  # fmt: skip
+        for name in STAGES[stage]:
+            if getattr(getattr(self.settled.cfg, name), "enabled", True):
+                self._once(name, train[name])
 
     def _once(self, stage: str, train: Callable[[Config], None]) -> None:
         if not self.ranks.told(lambda: self.run.stage_done(stage)):
@@ -138,6 +138,9 @@ class _Stages:
 
     def _polish(self, cfg: Config) -> None:
         polish_decoder(self.run, cfg, *self._split(), self.ranks)
+
+    def _detail(self, cfg: Config) -> None:
+        train_detail(self.run, cfg, *self._split(), self.ranks)
 
     def _split(self) -> tuple[TrainingGroups, TrainingGroups]:
         training, validation = (_groups(self.data, self.settled.cfg, split, self.ranks) for split in ("train", "validation"))

@@ -1,0 +1,82 @@
+"""Training that starts from another model's weights: what is taken over, what goes on learning, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from ctvae.checkpoint import load
+from ctvae.config import load_config
+from ctvae.errors import ConfigError, ModelError
+from ctvae.generate import generate
+from ctvae.training import start
+from ctvae.training.train import train
+
+QUICK = [  # of the settings that do not decide the weights' sizes
+    f"{stage}.{name}" for stage in ("autoencoder", "polish", "detail", "prior")
+    for name in ("steps=2", "log_every=2", "save_every=2", "precision=fp32", "batch=1")
+]  # fmt: skip
+QUICK += ["data.patch=null", "prior.rank=2", "prior.sampling_steps=2", "detail.enabled=true", "detail.sampling_steps=2"]
+
+
+def tensors(run, name: str = "autoencoder.safetensors") -> dict[str, torch.Tensor]:
+    return load(run / name)[0]
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_a_prior_alone_takes_autoencoder_and_detail_as_they_are(tiny_dataset, tiny_run, tmp_path):
+    run = train(tiny_dataset, tmp_path / "run", stage="prior", overrides=QUICK, start=tiny_run)
+    for name in ("autoencoder.safetensors", "detail.safetensors"):
+        assert same(tensors(run, name), tensors(tiny_run, name))
+    flows = [tensors(folder, "prior-flow.safetensors") for folder in (run, tiny_run)]
+    name = "flow.correction.down.0.blocks.0.conv1.weight"
+    off, size = (flows[0][name] - flows[1][name]).abs().mean(), flows[1][name].abs().mean()
+    assert 0 < off < 0.1 * size  # two steps from there, not from random numbers
+    assert len(generate(run, tmp_path / "out", count=1)) == 1
+
+
+def test_everything_goes_on_from_there(tiny_dataset, tiny_run, tmp_path):
+    run = train(tiny_dataset, tmp_path / "run", overrides=QUICK, start=tiny_run)
+    ours, theirs = tensors(run), tensors(tiny_run)
+    assert not same(ours, theirs)
+    name = "encoder.entries.0.weight"
+    assert (ours[name] - theirs[name]).abs().mean() < 0.1 * theirs[name].abs().mean()
+    assert load_config(run / "config.yaml").model == load_config(tiny_run / "config.yaml").model
+
+
+def test_the_run_resumes_without_the_model_it_began_from(tiny_dataset, tiny_run, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny_run, source)
+    run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=QUICK, start=source)
+    shutil.rmtree(source)
+    train(tiny_dataset, run, overrides=QUICK)
+    assert (run / "prior-flow.safetensors").is_file()
+
+
+def test_a_run_of_its_own_does_not_begin_again(tiny_dataset, tiny_run, tiny_settings, tmp_path):
+    run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=tiny_settings)
+    with pytest.raises(ConfigError, match="has been trained already"):
+        train(tiny_dataset, run, stage="autoencoder", overrides=tiny_settings, start=tiny_run)
+
+
+def test_sizes_are_the_weights(tiny_dataset, tiny_run, tmp_path):
+    with pytest.raises(ConfigError, match=r"model.latent_channels=8: the weights to start from have 2"):
+        train(tiny_dataset, tmp_path / "a", overrides=[*QUICK, "model.latent_channels=8"], start=tiny_run)
+    with pytest.raises(ConfigError, match="that model is wavelet3d, not conv3d"):
+        train(tiny_dataset, tmp_path / "b", method="conv3d", start=tiny_run)
+    with pytest.raises(ModelError, match="headnek: no such run folder or packaged model, did you mean 'headneck'"):
+        train(tiny_dataset, tmp_path / "c", start="headnek")
+    assert not any((tmp_path / name).exists() for name in "abc")
+
+
+def test_conditions_are_taken_over_by_name():
+    weight = torch.arange(8.0).view(1, 8)  # values of a b c d, then whether each is given
+    told = start._told(weight, ["a", "b", "c", "d"], ["d", "new", "a"])
+    assert told.tolist() == [[3.0, 0.0, 0.0, 7.0, 0.0, 4.0]]
+    with pytest.raises(ModelError):
+        start._told(weight, ["a", "b"], ["a"])
