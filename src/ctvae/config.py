@@ -193,6 +193,22 @@ class Polish(Training):
     discriminator_lr: Positive = 2e-4
 
 
+class Finish(Training):
+    """Training the decoder on what the flow draws, once there is a prior (spatial latents only; `training/finish.py`)."""
+
+    enabled: bool = False
+    steps: Steps = 2000
+    lr: Positive = 2e-4
+    save_every: int = Field(200, ge=1)
+    drawn: Steps = Field(128, description="samples of the flow that are drawn to train on")
+    adversarial_weight: float = Field(0.03, ge=0)
+    feature_weight: float = Field(0.3, ge=0, description="on the discriminator's features of what is reconstructed")
+    moments_weight: float = Field(0.1, ge=0, description="on the means of simple statistics of texture")
+    latent_noise: float = Field(0.1, ge=0, description="noise on the encoded latents, in standard deviations")
+    discriminator_width: int = Field(32, ge=1, le=1024)
+    discriminator_lr: Positive = 2e-4
+
+
 class Detail(Training):
     """Drawing what the decoder leaves out, by a flow given what it drew (spatial latents only; `models/detail.py`)."""
 
@@ -245,11 +261,12 @@ class Config(Section):
     autoencoder: AutoencoderTraining = AutoencoderTraining()
     polish: Polish = Polish()
     detail: Detail = Detail()
+    finish: Finish = Finish()
     prior: Prior = Prior()
 
     @model_validator(mode="after")
     def _only_spatial_decoders_are_sharpened(self) -> Config:
-        for name, section in (("polish", self.polish), ("detail", self.detail)):
+        for name, section in (("polish", self.polish), ("detail", self.detail), ("finish", self.finish)):
             if section.enabled and self.model.kind != "wavelet3d":
                 raise ValueError(f"{name}.enabled: {self.model.kind} has no spatial latents; leave it false")
         return self

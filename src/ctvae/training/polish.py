@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ctvae import losses
 from ctvae.checkpoint import EMA, Best
-from ctvae.config import Config, Polish
+from ctvae.config import Config, Finish, Polish
 from ctvae.device import generator, make_fabric, place
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.discriminator import PatchDiscriminator
@@ -86,7 +86,7 @@ def gradient_norm(network: nn.Module) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
 
-def build_judge(discriminator: nn.Module, settings: Polish) -> torch.optim.Adam:
+def build_judge(discriminator: nn.Module, settings: Polish | Finish) -> torch.optim.Adam:
     return torch.optim.Adam(discriminator.parameters(), lr=settings.discriminator_lr, betas=(0.5, 0.9))
 
 

@@ -1,0 +1,165 @@
+"""Stage 3: the decoder learns to make what the prior draws look like scans. Encoder and prior stay as they are.
+
+Until here the decoder has seen latents of real scans alone. A prior's samples are a little off, and what comes of them is softer,
+or has texture that no scan has. Here half of each batch is patches of real scans, reconstructed, and half is patches of latents
+that the flow drew, of which no original exists. The former are held to their originals (`polish.py`'s losses); both are held to
+real patches by a patch discriminator (hinge loss) and by the means of simple statistics (`moments.py`).
+
+Shapes:  B batch   D H W voxels   Z latent channels   d h w latent voxels
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ctvae import losses
+from ctvae.checkpoint import EMA
+from ctvae.config import Config, Size3
+from ctvae.device import generator, make_fabric, place
+from ctvae.model import Model
+from ctvae.models.autoencoder import Autoencoder
+from ctvae.models.discriminator import PatchDiscriminator
+from ctvae.models.wavelet3d import Wavelet3DVAE
+from ctvae.progress import Progress
+from ctvae.ranks import ALONE, Ranks
+from ctvae.runlog import Clock, Curve, Run
+from ctvae.training.autoencoder import HeldOut, Reconstruction, load_autoencoder, save_autoencoder, validate
+from ctvae.training.drawn import DrawnLatents
+from ctvae.training.groups import TrainingGroups
+from ctvae.training.memory import kept_when_memory_runs_out
+from ctvae.training.moments import Moments
+from ctvae.training.optimizer import build_optimizer
+from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, gradient_norm, noisy_latents
+from ctvae.training.tally import Tally
+
+
+class FinishedPair(Pair):
+    """With the running means of both sides' texture: reconstructed and drawn patches have their own."""
+
+    def __init__(self, decoder: nn.Module, discriminator: PatchDiscriminator, soft: tuple[float, float], ranks: Ranks = ALONE):
+        super().__init__(decoder, discriminator)
+        self.reconstructed, self.drawn = Moments(soft, ranks.mean), Moments(soft, ranks.mean)
+
+
+class FinishObjective(nn.Module):
+    """The decoder's losses in one forward call."""
+
+    def __init__(self, network: Autoencoder, pair: FinishedPair, cfg: Config, ranks: Ranks = ALONE):
+        super().__init__()
+        self.network, self.pair, self.cfg, self.ranks = network, pair, cfg.finish, ranks
+        self.reconstruction = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
+
+    def forward(self, x: Tensor, drawn: Tensor, random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Real patches x [B 1 D H W] and drawn latents [B Z d h w] -> decoded ones [2B 1 D H W] and the loss terms."""
+        cfg, network = self.cfg, self.network
+        encoded = noisy_latents(network, x, cfg.latent_noise, random, self.ranks)
+        y = network.decode(torch.cat((encoded, drawn.to(encoded.dtype)))).float()
+        again, made = y.chunk(2)
+        logits, fake = self.pair.discriminator(y)
+        with torch.no_grad():
+            _, real = self.pair.discriminator(x)
+        terms = {
+            "adversarial": -cfg.adversarial_weight * logits.float().mean(),
+            "features": cfg.feature_weight * losses.feature_matching(real, [f[: len(x)] for f in fake], self.ranks.mean).float(),
+            "moments": cfg.moments_weight * (self.pair.reconstructed(again, x) + self.pair.drawn(made, x)) / 2,
+        }
+        return y, {**self.reconstruction(again, x), **terms}
+
+
+def finish_decoder(
+    run: Run, cfg: Config, training: TrainingGroups, validation: TrainingGroups, ranks: Ranks = ALONE
+) -> None:
+    """Train the decoder of a run with a finished prior; resumes from `run`. Replaces run/autoencoder.safetensors at the end.
+
+    Raises TrainingDiverged when losses or gradients stay other than finite.
+    """
+    settings = cfg.finish
+    fabric = make_fabric(settings.precision, ranks)
+    torch.manual_seed(cfg.seed + 3)
+    network, noted = load_autoencoder(run, cfg)
+    assert isinstance(network, Wavelet3DVAE)
+    samples = DrawnLatents(run.folder / "drawn", cfg, network.cfg.grid, ranks)
+    samples.draw(Model(run.folder))
+    network.encoder.requires_grad_(False)
+    goal = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
+    pair = FinishedPair(network.decoder, PatchDiscriminator(settings.discriminator_width), goal.soft, ranks)
+    for module in (network, pair):
+        place(module, fabric.device)
+    ema = EMA(pair, settings.ema_decay)
+    optimizer = build_optimizer(network.decoder, settings)
+    judge = build_judge(pair.discriminator, settings)
+    checkpoints = run.checkpoints("finish")
+    meta = checkpoints.resume(pair, ema, optimizer, judge)
+    start = ranks.agreed(int(meta["step"]))
+    clock = Clock(settings, settings.steps, settings.minutes, meta.get("seconds", 0.0), ranks)
+    curve = Curve(run, "finish", start)
+    pair.discriminator.requires_grad_(False)  # processes exchange the gradients of what learns in each
+    draw, fabric_optimizer = fabric.setup(FinishObjective(network, pair, cfg, ranks), optimizer)
+    pair.discriminator.requires_grad_(True)
+    tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator), judge)
+    tally = Tally(settings, ranks, meta)
+    step, logged, held_out = start, start, HeldOut()
+
+    def keep() -> None:
+        checkpoints.save(step, pair, ema, optimizer, {"seconds": clock.seconds, "skipped_steps": tally.skipped}, judge)
+
+    with Progress("finish", total=settings.steps) as bar, kept_when_memory_runs_out(optimizer, lambda: step, keep):
+        while True:
+            progress = clock.progress(step)
+            last = progress >= 1.0
+
+            # Report and save before the update, so that a resumed run repeats nothing.
+            tally.check(step, run.folder, checkpoints, f"finish.lr={settings.lr / 3:.2g}")
+            if step > logged and (last or step % settings.log_every == 0):
+                means = tally.means()
+                held = {f"held_out_{name}": value for name, value in held_out._asdict().items()}
+                off = {f"off_{name}": getattr(pair, name).off().abs().mean().item() for name in ("reconstructed", "drawn")}
+                facts = {"lr": optimizer.param_groups[0]["lr"], **off, **held, "skipped_steps": tally.skipped}
+                curve.log(step, {"loss": sum(means.values()), **means, **facts})
+                bar.update(step, loss=sum(means.values()), seconds_left=clock.seconds_left(step, start))
+                logged = step
+            if step > start and (last or step % settings.save_every == 0):
+                with ema.applied_to(pair):
+                    held_out = validate(network, validation, run, cfg, "finish")
+                if not tally.in_a_row:  # or these weights may be why
+                    keep()
+            if last:
+                break
+
+            # One step of both on `accumulate` batches: gradients of all of them first, so that what runs out of memory has
+            # changed no weights. Randomness depends on (seed, step) alone.
+            optimizer.param_groups[0]["lr"] = clock.lr(step, progress)
+            # The adversary slows down with the decoder, or it wins in the end.
+            judge.param_groups[0]["lr"] = settings.discriminator_lr * clock.lr(step, progress) / settings.lr
+            fabric_optimizer.zero_grad(set_to_none=True)
+            fabric_judge.zero_grad(set_to_none=True)
+            losses_of_step: dict[str, Tensor] = {}
+            for part in range(step * settings.accumulate, (step + 1) * settings.accumulate):
+                x = fabric.to_device(training.batch(settings.batch, cfg.seed + 3, part))  # [B 1 D H W]
+                size: Size3 = (x.shape[2], x.shape[3], x.shape[4])
+                drawn = fabric.to_device(samples.batch(settings.batch, size, cfg.seed + 3, part))  # [B Z d h w]
+                pair.discriminator.requires_grad_(False)
+                y, terms = draw(x, drawn, generator(cfg.seed + 3, part))
+                fabric.backward(sum(terms.values()) / settings.accumulate)
+                pair.discriminator.requires_grad_(True)
+                terms["discriminator"] = tell(x, y.detach())
+                fabric.backward(terms["discriminator"] / settings.accumulate)
+                for name, value in terms.items():
+                    losses_of_step[name] = losses_of_step.get(name, 0.0) + value.detach().float() / settings.accumulate
+            norm = nn.utils.clip_grad_norm_(network.decoder.parameters(), settings.max_grad_norm)
+            if tally.take(losses_of_step, norm, gradient_norm(pair.discriminator)):
+                fabric_optimizer.step()
+                fabric_judge.step()
+                ema.update(pair, step)
+            step += 1
+
+    curve.close()
+    if not ranks.first:
+        return
+    pair.load_state_dict(ema.weights)
+    figures = {f"finished_{name}": round(value, 3) for name, value in held_out._asdict().items()}
+    save_autoencoder(run, cfg, network, training.shape, {**noted, "finish_steps": step, **figures})
+    run.finish_stage("finish", steps=step, seconds=round(clock.seconds), skipped_steps=tally.skipped, **figures)
+    checkpoints.clear()
+    samples.clear()
