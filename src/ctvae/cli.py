@@ -115,7 +115,9 @@ def train(
         str | None,
         typer.Option(help="Which recipe; `ctvae methods` lists them. [default: the run's own, else wavelet3d]"),
     ] = None,
-    stage: Annotated[Literal["autoencoder", "detail", "prior", "both"], typer.Option(help="What to train; both: all.")] = "both",
+    stage: Annotated[
+        Literal["autoencoder", "detail", "prior", "finish", "both"], typer.Option(help="What to train; both: all of it.")
+    ] = "both",
     settings: Settings = None,
     window: Window = None,
     minutes: Annotated[

@@ -34,6 +34,7 @@ MEMORY_SETTINGS = {  # a plan for less or more memory changes these; the network
     "autoencoder": ("batch", "accumulate"),
     "polish": ("batch", "accumulate"),
     "detail": ("batch", "accumulate"),
+    "finish": ("batch", "accumulate"),
     "prior": ("batch", "accumulate"),
 }
 

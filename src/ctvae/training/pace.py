@@ -22,25 +22,29 @@ from ctvae.training.autoencoder import Objective
 from ctvae.training.optimizer import build_optimizer
 from ctvae.training.prior import Conditioning, FlowObjective, build_velocity, fit_wiener, flow_batches, to_device
 
-SHARES = {"autoencoder": 0.8, "polish": 0.0, "detail": 0.0, "prior": 0.2}  # of the time for all stages; vector priors are quick
-SPATIAL_SHARES = {"autoencoder": 0.3, "polish": 0.12, "detail": 0.3, "prior": 0.58}
-STAGES = {"autoencoder": ("autoencoder", "polish"), "detail": ("detail",), "prior": ("prior",)}
-STAGES["both"] = ("autoencoder", "polish", "detail", "prior")
+SHARES = {"autoencoder": 0.8, "prior": 0.2}  # of the time for all stages; vector priors are quick
+SPATIAL_SHARES = {"autoencoder": 0.3, "polish": 0.12, "detail": 0.3, "prior": 0.58, "finish": 0.15}
+STAGES = {"autoencoder": ("autoencoder", "polish"), "detail": ("detail",), "prior": ("prior",), "finish": ("finish",)}
+STAGES["both"] = ("autoencoder", "polish", "detail", "prior", "finish")
 MEASURED_STEPS = 3
 FEW_LATENTS = 4
 
 
 def shares(cfg: Config, stage: str) -> dict[str, float]:
-    """Of the training time of `stage` (autoencoder, prior or both), by section of the settings."""
-    known = dict(SPATIAL_SHARES if cfg.polish.enabled or cfg.detail.enabled else SHARES)
-    for name in ("polish", "detail"):
-        known[name] *= getattr(cfg, name).enabled
-    total = sum(known[name] for name in STAGES[stage])
-    return {name: known[name] / total for name in STAGES[stage] if known[name]}
+    """Of the training time of `stage`, one of STAGES, by section of the settings."""
+    known = SPATIAL_SHARES if cfg.polish.enabled or cfg.detail.enabled or cfg.finish.enabled else SHARES
+    wanted = [name for name in STAGES[stage] if name in known and wants(cfg, name)]
+    total = sum(known[name] for name in wanted)
+    return {name: known[name] / total for name in wanted}
+
+
+def wants(cfg: Config, stage: str) -> bool:
+    """Whether the settings have this stage at all."""
+    return getattr(getattr(cfg, stage), "enabled", True)
 
 
 def steps_for(cfg: Config, hours: float, stage: str = "both") -> list[str]:
-    """The stages' steps that take `hours` together, as settings; a polish ends by its minutes."""
+    """The stages' steps that take `hours` together, as settings; those without a measure here end by their minutes."""
     measure = {"autoencoder": autoencoder_step_seconds, "prior": prior_step_seconds}
     return [
         f"{name}.steps={_steps(3600 * hours * share, measure[name](cfg))}"

@@ -20,7 +20,7 @@ from ctvae.errors import ConfigError, DoesNotFit
 from ctvae.planning.sizes import written
 from ctvae.training import start
 from ctvae.training.groups import training_shape
-from ctvae.training.pace import STAGES, steps_for
+from ctvae.training.pace import STAGES, steps_for, wants
 
 SURELY_BYTES = 16_384  # per voxel of a batch: thirty times what any recipe takes. With less than that there is a plan to make
 SURELY_GB = 1.0  # and this for weights and the prior
@@ -113,7 +113,7 @@ def refuse_uneven(cfg: Config, stage: str, processes: int) -> None:
         raise ConfigError("prior.shard: there is one process to hold the network; leave it out, or start several by torchrun")
     for name in STAGES[stage]:
         batch = getattr(cfg, name).batch
-        if batch % processes and getattr(getattr(cfg, name), "enabled", True):
+        if batch % processes and wants(cfg, name):
             above = -(-batch // processes) * processes
             raise ConfigError(f"{name}.batch {batch} does not divide among {processes} processes; add --set {name}.batch={above}")
 

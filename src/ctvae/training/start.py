@@ -87,12 +87,15 @@ def load_network(run: Run, network: nn.Module, name: str = AUTOENCODER) -> None:
         network.load_state_dict(built(lambda: network, tensors, run.folder / "from").state_dict())
 
 
-def take_autoencoder(run: Run, cfg: Config, with_detail: bool) -> None:
-    """The autoencoder to start from as the run's own, finished; its detail networks, too, if they are wanted and there."""
-    detail = run.folder / "from" / DETAIL
-    if with_detail and detail.is_file():
-        save(run.folder / DETAIL, *load(detail))
-        run.finish_stage("detail", taken_from=run.state["from"])
+TAKEN = {"prior": {"detail": DETAIL}, "finish": {"detail": DETAIL, "prior": FLOW}, "detail": {}}  # beside the autoencoder
+
+
+def take_autoencoder(run: Run, cfg: Config, stage: str) -> None:
+    """The autoencoder to start from as the run's own, finished; and what else `stage` builds on, as far as it is there."""
+    for name, file in TAKEN[stage].items():
+        if (run.folder / "from" / file).is_file():
+            save(run.folder / file, *load(run.folder / "from" / file))
+            run.finish_stage(name, taken_from=run.state["from"])
     tensors, meta = load(run.folder / "from" / AUTOENCODER)
     assert cfg.data.shape is not None
     shape = cfg.data.shape

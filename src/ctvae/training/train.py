@@ -24,9 +24,10 @@ from ctvae.runlog import Run
 from ctvae.training.autoencoder import train_autoencoder
 from ctvae.training.detail import train_detail
 from ctvae.training.encoding import encode_groups
+from ctvae.training.finish import finish_decoder
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import repeated_smaller
-from ctvae.training.pace import STAGES, shares
+from ctvae.training.pace import STAGES, shares, wants
 from ctvae.training.polish import polish_decoder
 from ctvae.training.prior import train_prior
 from ctvae.training.settings import HOURS_KEYS, Asked, Settled, chosen, refuse_uneven, settle, smaller, with_hours
@@ -119,13 +120,14 @@ class _Stages:
     def train(self, stage: str) -> None:
         weights = self.run.folder / "autoencoder.safetensors"
         if "autoencoder" not in STAGES[stage] and self.ranks.told(lambda: started(self.run) and not weights.exists()):
-            take_autoencoder(self.run, self.settled.cfg, with_detail=stage == "prior")
+            take_autoencoder(self.run, self.settled.cfg, stage)
             self.ranks.barrier()
         train = {
             "autoencoder": self._autoencoder, "polish": self._polish, "detail": self._detail, "prior": self._prior,
+            "finish": self._finish,
         }  # fmt: skip
         for name in STAGES[stage]:
-            if getattr(getattr(self.settled.cfg, name), "enabled", True):
+            if wants(self.settled.cfg, name):
                 self._once(name, train[name])
 
     def _once(self, stage: str, train: Callable[[Config], None]) -> None:
@@ -141,6 +143,11 @@ class _Stages:
 
     def _detail(self, cfg: Config) -> None:
         train_detail(self.run, cfg, *self._split(), self.ranks)
+
+    def _finish(self, cfg: Config) -> None:
+        if not self.ranks.told(lambda: self.run.stage_done("prior")):
+            raise ModelError(f"{self.run.folder}: has no trained prior yet, whose samples `finish` needs; run --stage prior first")
+        finish_decoder(self.run, cfg, *self._split(), self.ranks)
 
     def _split(self) -> tuple[TrainingGroups, TrainingGroups]:
         training, validation = (_groups(self.data, self.settled.cfg, split, self.ranks) for split in ("train", "validation"))

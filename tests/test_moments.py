@@ -1,0 +1,76 @@
+"""Statistics of texture against numpy, and the pull between two sides' means."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ctvae.training.moments import BINS, LAGS, Moments, statistics
+
+SOFT = (-0.2, 0.3)
+
+
+def patches(seed: int, scale: float = 1.0, shape=(2, 1, 8, 12, 16)) -> torch.Tensor:
+    return 0.05 + scale * 0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_shares_are_a_histogram():
+    centres = torch.linspace(-1, 1, BINS)
+    x = centres[torch.randint(BINS, (1, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0))]
+    found = statistics(x, SOFT)[:BINS].numpy()
+    exact = np.histogram(x.numpy(), bins=BINS, range=(-1 - 1 / (BINS - 1), 1 + 1 / (BINS - 1)))[0] / x.numel()
+    np.testing.assert_allclose(found, exact, atol=1e-4)
+    between = statistics(torch.full((1, 1, 4, 4, 4), (centres[3] * 0.25 + centres[4] * 0.75).item()), SOFT)[:BINS]
+    torch.testing.assert_close(between[3:5], torch.tensor([0.25, 0.75]), atol=1e-4, rtol=0)
+
+
+def test_steps_are_mean_differences_where_both_voxels_are_in_soft_tissue():
+    x = patches(1)
+    low, high = SOFT
+    array = x[:, 0].numpy()
+    found = statistics(x, SOFT)[BINS : BINS + 3 * len(LAGS)].numpy()
+    exact = []
+    for axis in (1, 2, 3):
+        for lag in LAGS:
+            ahead, behind = np.moveaxis(array, axis, 0)[lag:], np.moveaxis(array, axis, 0)[:-lag]
+            both = (ahead > low) & (behind > low)
+            exact.append(np.abs(np.clip(ahead, low, high) - np.clip(behind, low, high))[both].mean() / (high - low))
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+
+
+def test_bands_of_a_checkerboard_lie_in_one_band():
+    signs = torch.tensor([1.0, -1.0])
+    board = signs.view(2, 1, 1) * signs.view(1, 2, 1) * signs.view(1, 1, 2)
+    x = 0.5 * board.repeat(4, 4, 4)[None, None]
+    bands = statistics(x, SOFT)[BINS + 3 * len(LAGS) :]
+    assert bands.tolist() == pytest.approx([0] * 6 + [0.5] + [0] * 7)  # the finest level's last: high along all three axes
+
+
+def test_nothing_pulls_where_means_agree():
+    moments = Moments(SOFT)
+    for seed in range(12):
+        loss = moments(patches(seed), patches(seed))
+    assert loss == 0
+    assert moments.off().abs().max() == 0
+
+
+def test_contrast_is_brought_to_what_real_patches_have():
+    """All that differs is the size of the noise, and no patch is paired with another."""
+    scale = torch.tensor(0.5, requires_grad=True)
+    optimizer = torch.optim.Adam([scale], lr=0.005)
+    moments = Moments(SOFT)
+    for step in range(400):
+        fake = 0.05 + scale * (patches(1000 + step) - 0.05)
+        optimizer.zero_grad()
+        loss = moments(fake, patches(step))
+        if loss.requires_grad:
+            loss.backward()
+        optimizer.step()
+    assert scale.item() == pytest.approx(1, abs=0.1)
+
+
+def test_averages_over_processes_are_what_is_observed():
+    moments = Moments(SOFT, average=lambda values: values + 1)
+    moments(patches(0), patches(1))
+    torch.testing.assert_close(moments.real, statistics(patches(1), SOFT) + 1)
