@@ -59,16 +59,12 @@ TINY = (  # a wavelet3d that trains in a second
     "prior.widths=[8,32]", "prior.blocks=1", "prior.rank=2", "prior.mlp_width=16", "prior.sampling_steps=2",
     "model.strides=[[2,2,2],[2,2,2]]", "data.patch=null", "polish.enabled=true", "polish.steps=4", "polish.log_every=2",
     "polish.save_every=2", "polish.discriminator_width=4", "polish.precision=fp32", "autoencoder.batch=1",
-    "detail.enabled=true", "detail.steps=4", "detail.log_every=2", "detail.save_every=2", "detail.precision=fp32",
-    "detail.batch=2", "detail.guess_widths=[4]", "detail.widths=[4,8]", "detail.sampling_steps=3",
-    "finish.enabled=true", "finish.steps=4", "finish.log_every=2", "finish.save_every=2", "finish.precision=fp32",
-    "finish.drawn=2", "finish.discriminator_width=4",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def tiny_settings() -> tuple[str, ...]:
-    """`--set` overrides for `tiny_dataset`: 6 steps of the autoencoder, 9 of the flow, 4 of polish, detail and finish."""
+    """`--set` overrides for `tiny_dataset`: 6 steps of the autoencoder, 4 of its polish and 9 of the flow."""
     return TINY
 
 

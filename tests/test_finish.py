@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ctvae.checkpoint import Checkpoints, load
-from ctvae.config import load_config, load_recipe
+from ctvae.config import load_config, load_recipe, with_overrides
 from ctvae.errors import ConfigError, ModelError
 from ctvae.generate import load as load_model
 from ctvae.training import finish
@@ -22,10 +22,30 @@ def weights(run) -> dict[str, torch.Tensor]:
     return load(run / "autoencoder.safetensors")[0]
 
 
+FINISH = (
+    "finish.enabled=true", "finish.steps=4", "finish.log_every=2", "finish.save_every=2", "finish.precision=fp32",
+    "finish.drawn=2", "finish.discriminator_width=4", "data.patch=null", "prior.rank=2", "prior.sampling_steps=2",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def stopped_run(tiny_dataset, tiny_settings, tmp_path_factory):
-    """Stopped at step 3 of the finish."""
-    run = tmp_path_factory.mktemp("stopped") / "run"
+def finished(tiny_dataset, tiny_run, tmp_path_factory):
+    """The tiny run's decoder after four steps on its own flow's samples."""
+    return train(tiny_dataset, tmp_path_factory.mktemp("finished") / "run", stage="finish", overrides=FINISH, start=tiny_run)
+
+
+def test_it_moves_the_decoder_alone(finished, tiny_run):
+    before, after = weights(tiny_run), weights(finished)
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(name.startswith("decoder.") for name in moved)
+    flows = [load(run / "prior-flow.safetensors")[0] for run in (tiny_run, finished)]
+    assert all(torch.equal(value, flows[0][name]) for name, value in flows[1].items())
+    assert load(finished / "autoencoder.safetensors")[1]["finish_steps"] == 4
+    assert not (finished / "drawn").exists()  # it is of no more use
+
+
+def test_a_resumed_finish_is_bit_equal(finished, tiny_dataset, tiny_run, tmp_path, monkeypatch):
     calls = 0
     plain = finish.FinishObjective.forward
 
@@ -36,29 +56,24 @@ def stopped_run(tiny_dataset, tiny_settings, tmp_path_factory):
             raise Stopped
         return plain(self, *arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
         patch.setattr(finish.FinishObjective, "forward", stopping)
         with pytest.raises(Stopped):
-            train(tiny_dataset, run, overrides=tiny_settings)
-    return run
+            train(tiny_dataset, run, stage="finish", overrides=FINISH, start=tiny_run)
+    assert [path.stem for path in Checkpoints(run / "checkpoints", "finish").paths()] == ["finish-00000002"]
+    train(tiny_dataset, run, stage="finish", overrides=FINISH)
+    assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(run).items())
 
 
-def test_a_resumed_finish_is_bit_equal_and_leaves_encoder_and_prior(stopped_run, tiny_dataset, tiny_run, tiny_settings):
-    assert [path.stem for path in Checkpoints(stopped_run / "checkpoints", "finish").paths()] == ["finish-00000002"]
-    before = weights(stopped_run)
-    flow = load(stopped_run / "prior-flow.safetensors")[0]
-    train(tiny_dataset, stopped_run, overrides=tiny_settings)
-    after = weights(stopped_run)
-    assert all(torch.equal(value, weights(tiny_run)[name]) for name, value in after.items())
-    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert moved
-    assert all(name.startswith("decoder.") for name in moved)
-    assert all(torch.equal(value, flow[name]) for name, value in load(stopped_run / "prior-flow.safetensors")[0].items())
-    assert not (stopped_run / "drawn").exists()  # it is of no more use
+def test_all_stages_in_one_go_end_with_it(tiny_dataset, tiny_settings, tmp_path):
+    run = train(tiny_dataset, tmp_path / "run", overrides=[*tiny_settings, *FINISH[:7]])
+    assert load(run / "autoencoder.safetensors")[1]["finish_steps"] == 4
 
 
 def test_crops_are_of_the_flows_samples_and_a_function_of_the_step(tiny_run, tmp_path):
-    model, cfg = load_model(tiny_run), load_config(tiny_run / "config.yaml")
+    model = load_model(tiny_run)
+    cfg = with_overrides(load_config(tiny_run / "config.yaml"), ["finish.drawn=2"])
     samples = DrawnLatents(tmp_path / "drawn", cfg, cfg.model.grid)
     samples.draw(model)
     crops = samples.batch(3, (16, 8, 12), seed=0, step=5)
@@ -71,17 +86,10 @@ def test_crops_are_of_the_flows_samples_and_a_function_of_the_step(tiny_run, tmp
 
 
 def test_it_needs_a_prior(tiny_dataset, tiny_settings, tmp_path):
-    run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=tiny_settings)
+    settings = [*tiny_settings, *FINISH[:7]]
+    run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=settings)
     with pytest.raises(ModelError, match="has no trained prior yet"):
-        train(tiny_dataset, run, stage="finish", overrides=tiny_settings)
-
-
-def test_another_models_decoder_is_finished_with_its_own_prior(tiny_dataset, tiny_run, tmp_path):
-    few = ["finish.enabled=true", "finish.steps=2", "finish.log_every=2", "finish.save_every=2", "finish.precision=fp32"]
-    few += ["finish.drawn=1", "finish.discriminator_width=4", "data.patch=null", "prior.rank=2", "prior.sampling_steps=2"]
-    run = train(tiny_dataset, tmp_path / "run", stage="finish", overrides=few, start=tiny_run)
-    assert not all(torch.equal(value, weights(tiny_run)[name]) for name, value in weights(run).items())
-    assert load(run / "autoencoder.safetensors")[1]["finish_steps"] == 2
+        train(tiny_dataset, run, stage="finish", overrides=settings)
 
 
 def test_vector_latents_have_no_finish():

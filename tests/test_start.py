@@ -15,10 +15,10 @@ from ctvae.training import start
 from ctvae.training.train import train
 
 QUICK = [  # of the settings that do not decide the weights' sizes
-    f"{stage}.{name}" for stage in ("autoencoder", "polish", "detail", "prior")
+    f"{stage}.{name}" for stage in ("autoencoder", "polish", "prior")
     for name in ("steps=2", "log_every=2", "save_every=2", "precision=fp32", "batch=1")
 ]  # fmt: skip
-QUICK += ["data.patch=null", "prior.rank=2", "prior.sampling_steps=2", "detail.enabled=true", "detail.sampling_steps=2"]
+QUICK += ["data.patch=null", "prior.rank=2", "prior.sampling_steps=2"]
 
 
 def tensors(run, name: str = "autoencoder.safetensors") -> dict[str, torch.Tensor]:
@@ -29,10 +29,9 @@ def same(a, b) -> bool:
     return all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-def test_a_prior_alone_takes_autoencoder_and_detail_as_they_are(tiny_dataset, tiny_run, tmp_path):
+def test_a_prior_alone_takes_the_autoencoder_as_it_is(tiny_dataset, tiny_run, tmp_path):
     run = train(tiny_dataset, tmp_path / "run", stage="prior", overrides=QUICK, start=tiny_run)
-    for name in ("autoencoder.safetensors", "detail.safetensors"):
-        assert same(tensors(run, name), tensors(tiny_run, name))
+    assert same(tensors(run), tensors(tiny_run))
     flows = [tensors(folder, "prior-flow.safetensors") for folder in (run, tiny_run)]
     name = "flow.correction.down.0.blocks.0.conv1.weight"
     off, size = (flows[0][name] - flows[1][name]).abs().mean(), flows[1][name].abs().mean()

@@ -116,7 +116,7 @@ def train(
         typer.Option(help="Which recipe; `ctvae methods` lists them. [default: the run's own, else wavelet3d]"),
     ] = None,
     stage: Annotated[
-        Literal["autoencoder", "detail", "prior", "finish", "both"], typer.Option(help="What to train; both: all of it.")
+        Literal["autoencoder", "prior", "finish", "both"], typer.Option(help="What to train; both: all of it.")
     ] = "both",
     settings: Settings = None,
     window: Window = None,
@@ -241,9 +241,6 @@ def generate(
     slices: Annotated[
         int | None, typer.Option(min=2, help="Axial slices; more than the model's are slabs made as one. [default: the model's]")
     ] = None,
-    detail: Annotated[
-        bool, typer.Option("--detail/--no-detail", help="Draw what the decoder leaves out, or take its mean: smoother.")
-    ] = True,
 ) -> None:
     """Generate synthetic scans.
 
@@ -257,7 +254,7 @@ def generate(
 
     paths = generate(
         model, out, count=count, seed=seed, prior=prior, steps=steps, overwrite=overwrite, solver=solver, guidance=guidance,
-        conditions=_conditions(condition or []), slices=slices, detail=detail,
+        conditions=_conditions(condition or []), slices=slices,
     )  # fmt: skip
     for path in paths if is_first() else ():
         typer.echo(path)
@@ -268,10 +265,6 @@ def reconstruct(
     model: ModelArgument,
     scan: ScanArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="NIfTI file to write.")],
-    drawn: Annotated[
-        bool, typer.Option("--drawn", help="Draw what the decoder leaves out, as generated scans have it, instead of its mean.")
-    ] = False,
-    seed: Seed = 0,
 ) -> None:
     """Encode and decode one scan.
 
@@ -281,7 +274,7 @@ def reconstruct(
     """
     from ctvae.generate import reconstruct
 
-    typer.echo(reconstruct(model, scan, out, drawn=drawn, seed=seed))
+    typer.echo(reconstruct(model, scan, out))
 
 
 @app.command()

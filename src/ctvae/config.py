@@ -209,20 +209,6 @@ class Finish(Training):
     discriminator_lr: Positive = 2e-4
 
 
-class Detail(Training):
-    """Drawing what the decoder leaves out, by a flow given what it drew (spatial latents only; `models/detail.py`)."""
-
-    enabled: bool = False
-    steps: Steps = 4000
-    batch: Steps = 4
-    lr: Positive = 1e-3
-    save_every: int = Field(400, ge=1)
-    guess_widths: Widths = Field((32, 64, 96), description="channels per resolution of the network that guesses mean and spread")
-    widths: Widths = Field((48, 96, 128), description="channels per resolution of the flow's network")
-    latent_noise: float = Field(0.1, ge=0, description="noise on the latents, in standard deviations")
-    sampling_steps: int = Field(8, ge=1, le=1000, description="evaluations of the flow for a volume")
-
-
 class Prior(Training):
     """A rectified flow over latents: a U-Net for spatial ones, an MLP for vectors (`models/velocity.py`)."""
 
@@ -260,13 +246,12 @@ class Config(Section):
     data: Data = Data()
     autoencoder: AutoencoderTraining = AutoencoderTraining()
     polish: Polish = Polish()
-    detail: Detail = Detail()
     finish: Finish = Finish()
     prior: Prior = Prior()
 
     @model_validator(mode="after")
     def _only_spatial_decoders_are_sharpened(self) -> Config:
-        for name, section in (("polish", self.polish), ("detail", self.detail), ("finish", self.finish)):
+        for name, section in (("polish", self.polish), ("finish", self.finish)):
             if section.enabled and self.model.kind != "wavelet3d":
                 raise ValueError(f"{name}.enabled: {self.model.kind} has no spatial latents; leave it false")
         return self

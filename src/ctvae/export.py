@@ -4,8 +4,7 @@ Not nothing of the training data: the flow holds the conditions of every trainin
 the scan, columns of a user's table) to three digits, and the mean and leading directions of their latents, which come near
 single scans where there are hardly more groups than directions.
 
-    OUT/config.yaml, autoencoder.safetensors, detail.safetensors, prior-flow.safetensors, prior-normal.safetensors,
-    README.md (the model card)
+    OUT/config.yaml, autoencoder.safetensors, prior-flow.safetensors, prior-normal.safetensors, README.md (the model card)
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from ctvae.conditions import rounded
 from ctvae.errors import InputError
 from ctvae.model import open_model
 
-NETWORK_FILES = ("autoencoder.safetensors", "detail.safetensors")
 PRIORS = ("flow", "normal")  # the fitted ones hold whole training latents
 NETWORKS = ("flow.",)
 OF_GROUPS = ("conditions.known", "conditions.scan_mm")
@@ -39,10 +37,8 @@ def export(run: Path | str, out: Path | str, *, card: Path | str | None = None) 
     if card is not None and not Path(card).is_file():
         raise InputError(f"{card}: no such file; --card names a Markdown file")
     files.write_text(folder / "config.yaml", (model.folder / "config.yaml").read_text())
-    for name in NETWORK_FILES:
-        if (model.folder / name).exists():
-            tensors, meta = checkpoint.load(model.folder / name)
-            checkpoint.save(folder / name, {key: _half(value) for key, value in tensors.items()}, meta)
+    tensors, meta = checkpoint.load(model.folder / "autoencoder.safetensors")
+    checkpoint.save(folder / "autoencoder.safetensors", {name: _half(value) for name, value in tensors.items()}, meta)
     for prior in PRIORS:
         path = model.folder / f"prior-{prior}.safetensors"
         if path.exists():

@@ -64,31 +64,24 @@ class Model(TrainedModel):
         guidance: float | None = None,
         conditions: Mapping[str, float | str] | None = None,
         slices: int | None = None,
-        detail: bool = True,
     ) -> Synthetic:
         """Volume number `index` of `seed`: the same whatever else is generated, in HU, int16, with a patient's spacing.
 
         The rest as in the verb `ctvae.generate`. Raises ModelError, ConfigError or InputError.
         """
-        return self.sampled(seed, index, prior, Sampling(steps, solver, guidance, conditions or {}, slices, detail))
+        return self.sampled(seed, index, prior, Sampling(steps, solver, guidance, conditions or {}, slices))
 
     def sampled(self, seed: int, index: int, prior: str, asked: Sampling) -> Synthetic:
         """`generate`, with what is asked of the draw as one."""
         draw = self.draw(prior, seed, index, asked=asked)
         facts = asked.facts(self.cfg.prior, self.shape)
-        facts |= self.detail_facts(asked.detail)
-        hu = _middle(self.decode(draw.latent, generator(seed, index, stream=37) if asked.detail else None), facts["slices"])
+        hu = _middle(self.decode(draw.latent), facts["slices"])
         x_mm, z_mm = draw.told["pixel_mm"], draw.told["slice_mm"]
         volume = Volume(hu, plain_affine((x_mm, x_mm, z_mm), (hu.shape[0], hu.shape[1], hu.shape[2])))
         origin = {"prior": prior, "prior_sha256": self.prior_hash(prior), "seed": seed, "index": index}
         if draw.positions:
             facts["positions"] = [round(position, 6) for position in draw.positions]
         return Synthetic(volume, self.provenance(**origin, conditions=draw.conditions, **facts))
-
-    def detail_facts(self, drawn: bool) -> dict[str, Any]:
-        """Of a scan whose detail is `drawn` or its mean; nothing where the model knows none."""
-        path = self.folder / "detail.safetensors"
-        return {"detail": "drawn" if drawn else "mean", "detail_sha256": file_hash(path)} if self.detail is not None else {}
 
     def provenance(self, **facts: Any) -> dict[str, Any]:
         return {
@@ -119,7 +112,6 @@ def generate(
     guidance: float | None = None,
     conditions: Mapping[str, float | str] | None = None,
     slices: int | None = None,
-    detail: bool = True,
 ) -> list[Path]:
     """Write `count` synthetic scans of `seed` as NIfTI with JSON sidecars, and `contact-sheet.png`; returns the scans.
 
@@ -127,13 +119,12 @@ def generate(
     `conditions` are what the scans are to be, by name, such as {"position": 0.4, "sex": "F"}; what is not given is drawn
     from the training groups nearest to it. `slices` none: as many as the model's groups. Fewer are the middle of a group;
     more are one volume of overlapping slabs denoised together (spatial latents only), at a position along the body that is
-    moved where the volume would not fit (`FlowPrior.draw`). `detail` false: what the decoder leaves out is not drawn, its mean is
-    taken (of models that know it).
+    moved where the volume would not fit (`FlowPrior.draw`).
 
     Scans that the same call wrote before are kept. Processes that torchrun started share them out. Raises ModelError and
     ConfigError, and InputError where other scans are in the way or the model cannot do what is asked.
     """
-    folder, asked = Path(out), Sampling(steps, solver, guidance, conditions or {}, slices, detail)
+    folder, asked = Path(out), Sampling(steps, solver, guidance, conditions or {}, slices)
     paths = [folder / f"synthetic-{seed}-{index:04d}.nii.gz" for index in range(count)]
     with joined() as ranks:
         if ranks.first:
@@ -161,14 +152,12 @@ def _middle(hu: np.ndarray, slices: int) -> np.ndarray:
 
 def _refuse_foreign(paths: list[Path], model: Model, prior: str, asked: Sampling) -> None:
     facts = asked.facts(model.cfg.prior, model.shape)
-    facts |= model.detail_facts(asked.detail)
     before = {**Sampling().facts(model.cfg.prior, model.shape), "steps": None}  # of sidecars that do not say all of it
     ours = {"model_sha256": model.hash, "prior_sha256": model.prior_hash(prior), "prior": prior, **facts}
     for path in paths:
         if path.exists() and sidecar(path).exists() and not ours.items() <= {**before, **_told(sidecar(path))}.items():
             raise InputError(
-                f"{path}: was made by another model, prior or --steps, --solver, --guidance, --condition, --slices, "
-                "--no-detail; "
+                f"{path}: was made by another model, prior or --steps, --solver, --guidance, --condition, --slices; "
                 "choose another --out or --overwrite"
             )
 
@@ -187,19 +176,14 @@ def _contact_sheet(paths: list[Path], folder: Path, model: Model, most: int = 12
     pictures.contact_sheet(scans, folder / "contact-sheet.png", model.cfg.data.window_hu)
 
 
-def reconstruct(model: Path | str, scan: Path | str, out: Path | str, *, drawn: bool = False, seed: int = 0) -> Path:
-    """Encode and decode one scan: same shape, affine and stored axes, HU.
-
-    `drawn`: with detail drawn by `seed`, as generated scans have it; else with its mean, which is nearer to the scan.
-    Raises ModelError and InputError.
-    """
+def reconstruct(model: Path | str, scan: Path | str, out: Path | str) -> Path:
+    """Encode and decode one scan: same shape, affine and stored axes, HU. Raises ModelError and InputError."""
     loaded, source, target = load(model), read_scan(scan), Path(out)
     if not nifti.is_nifti(target):
         raise InputError(f"{target}: --out names a .nii or .nii.gz file")
-    again = loaded.reconstruct_volume(source.volume, generator(seed, 0, stream=37) if drawn else None)
+    again = loaded.reconstruct_volume(source.volume)
     nifti.write(target, again, source.orientation, DESCRIPTION)
-    facts = loaded.detail_facts(drawn) | ({"seed": seed} if drawn else {})
-    files.write_json(sidecar(target), loaded.provenance(made_by="reconstruct", source_sha256=_hash(source), **facts))
+    files.write_json(sidecar(target), loaded.provenance(made_by="reconstruct", source_sha256=_hash(source)))
     return target
 
 

@@ -21,13 +21,11 @@ from ctvae import intensity, preprocess
 from ctvae.checkpoint import built, file_hash, load
 from ctvae.conditions import Known
 from ctvae.config import Config, Size3, Wavelet3D, load_config, nearest
-from ctvae.detail import DetailDrawer
 from ctvae.device import generator, place
 from ctvae.errors import InputError, ModelError
 from ctvae.latents import LatentCode
 from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
-from ctvae.models.detail import DetailNetwork
 from ctvae.models.wavelet3d import halo
 from ctvae.priors import CLOSED_FORM
 from ctvae.sampling import Draw, FlowPrior, Sampling, refuse
@@ -61,13 +59,6 @@ class Model:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.network: Autoencoder = self._ready(lambda: build(self.cfg.model, self.shape), tensors)
         self.hash = file_hash(folder / "autoencoder.safetensors")
-        self.detail = self._detail(folder / "detail.safetensors")
-
-    def _detail(self, path: Path) -> DetailDrawer | None:
-        if not path.is_file():
-            return None
-        network = self._ready(lambda: DetailNetwork(self.cfg.detail), load(path)[0])
-        return DetailDrawer(network, self.cfg.detail, self._autocast)
 
     def _ready(self, make: Callable[[], Any], tensors: dict[str, Tensor]) -> Any:
         network = built(make, tensors, self.folder)
@@ -90,31 +81,26 @@ class Model:
         return Posterior(mean, (0.5 * logvar).exp(), box, scan)
 
     @torch.no_grad()
-    def decode(self, z: Tensor, random: torch.Generator | None = None) -> np.ndarray:
-        """Latents [1 ...] -> int16 HU [D H W].
-
-        A model that knows what its decoder leaves out draws that with `random`, and without it adds its mean.
-        """
+    def decode(self, z: Tensor) -> np.ndarray:
+        """Latents [1 ...] -> int16 HU [D H W]."""
         if isinstance(self.cfg.model, Wavelet3D):
             x = self._tiled(self._decoded, z, encoding=False)
-            if self.detail is not None:
-                x = self.detail.mean(x) if random is None else self.detail.drawn(x, random)
         else:
             per_group = self.network.latent_shape[0]
             x = torch.cat([self._decoded(part) for part in z.split(per_group, dim=1)], dim=2)
         return intensity.to_hu(x[0, 0].numpy(), self.cfg.data.window_hu)
 
-    def decode_onto(self, z: Tensor, posterior: Posterior, random: torch.Generator | None = None) -> Volume:
+    def decode_onto(self, z: Tensor, posterior: Posterior) -> Volume:
         """Latents -> the grid of the scan that `posterior` came from; air where the model did not look."""
-        block = Volume(self.decode(z, random), posterior.scan.affine)
+        block = Volume(self.decode(z), posterior.scan.affine)
         scan = posterior.scan
         air = Volume(np.full(scan.shape, intensity.AIR_HU, np.int16), scan.affine)
         return preprocess.paste(block, posterior.box, air)
 
-    def reconstruct_volume(self, scan: Volume, random: torch.Generator | None = None) -> Volume:
-        """Encode and decode, as `decode` does it: same shape and affine, HU within the model's window."""
+    def reconstruct_volume(self, scan: Volume) -> Volume:
+        """Encode and decode: same shape and affine, HU within the model's window."""
         posterior = self.encode(scan)
-        return self.decode_onto(posterior.mean, posterior, random)
+        return self.decode_onto(posterior.mean, posterior)
 
     def _box(self, scan: Volume) -> preprocess.Box:
         """The block that the network is shown: the scan on the model's grid, or the model's plane about the body."""

@@ -3,7 +3,6 @@
     run/config.yaml             every setting
     run/run.json                the data it was trained on, the stages finished
     run/autoencoder.safetensors the averaged weights, once that stage is done
-    run/detail.safetensors      the detail networks, once that stage is done
     run/prior-*.safetensors     the priors, once that stage is done
     run/latents/                the training groups' posterior moments
     run/checkpoints/            training state, the last two of each network
@@ -33,7 +32,6 @@ MEMORY_SETTINGS = {  # a plan for less or more memory changes these; the network
     "data": ("patch",),
     "autoencoder": ("batch", "accumulate"),
     "polish": ("batch", "accumulate"),
-    "detail": ("batch", "accumulate"),
     "finish": ("batch", "accumulate"),
     "prior": ("batch", "accumulate"),
 }

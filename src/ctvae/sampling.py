@@ -33,7 +33,6 @@ class Sampling:
     guidance: float | None = None
     conditions: Mapping[str, float | str] = field(default_factory=dict)
     slices: int | None = None
-    detail: bool = True  # what the decoder leaves out, where the model knows it
 
     def __post_init__(self) -> None:
         if self.solver is not None and self.solver not in flow.SOLVERS:

@@ -54,7 +54,7 @@ class TrainingGroups:
         mine = range(batch)[self.ranks.rows(batch)]
         indices = batch_indices(len(self), batch, seed, step)
         volumes = [self.augmented(index, random, row in mine) for row, index in enumerate(indices)]
-        patches = [self.patch(volume, random) for volume in volumes]
+        patches = [self._patch(volume, random) for volume in volumes]
         return torch.stack([patches[row] for row in mine])
 
     def augmented(self, index: int, random: torch.Generator, wanted: bool = True) -> Tensor:
@@ -95,11 +95,8 @@ class TrainingGroups:
         fitted = intensity.fit_to_shape(hu, self.shape, shift)
         return torch.from_numpy(intensity.from_hu(fitted, self.data.window_hu))[None]
 
-    def patch(self, volume: Tensor, random: torch.Generator, grid: Size3 = (1, 1, 1)) -> Tensor:
-        """A crop of `data.patch`, nine times in ten about a voxel of the body: air is quickly learned, but not for good.
-
-        `volume` [C D H W]; where the body is, its first channel says. Crops begin at multiples of `grid`.
-        """
+    def _patch(self, volume: Tensor, random: torch.Generator) -> Tensor:
+        """A crop of `data.patch`, nine times in ten about a voxel of the body: air is quickly learned, but not for good."""
         if self.data.patch is None:
             return volume
         body = (volume[0, ::BODY_STEP, ::BODY_STEP, ::BODY_STEP] > self.body).nonzero() * BODY_STEP  # [n 3]
@@ -109,8 +106,7 @@ class TrainingGroups:
         for axis, (size, place) in enumerate(zip(self.data.patch, centre, strict=True), start=1):
             start = place - int(torch.randint(size, (), generator=random))  # the voxel lies anywhere in the patch
             room = max(0, volume.shape[axis] - size)
-            start = min(max(0, start), room) // grid[axis - 1] * grid[axis - 1]
-            volume = volume.narrow(axis, start, min(size, volume.shape[axis]))
+            volume = volume.narrow(axis, min(max(0, start), room), min(size, volume.shape[axis]))
         return volume
 
 

@@ -23,16 +23,16 @@ from ctvae.training.optimizer import build_optimizer
 from ctvae.training.prior import Conditioning, FlowObjective, build_velocity, fit_wiener, flow_batches, to_device
 
 SHARES = {"autoencoder": 0.8, "prior": 0.2}  # of the time for all stages; vector priors are quick
-SPATIAL_SHARES = {"autoencoder": 0.3, "polish": 0.12, "detail": 0.3, "prior": 0.58, "finish": 0.15}
-STAGES = {"autoencoder": ("autoencoder", "polish"), "detail": ("detail",), "prior": ("prior",), "finish": ("finish",)}
-STAGES["both"] = ("autoencoder", "polish", "detail", "prior", "finish")
+SPATIAL_SHARES = {"autoencoder": 0.3, "polish": 0.12, "prior": 0.58, "finish": 0.15}
+STAGES = {"autoencoder": ("autoencoder", "polish"), "prior": ("prior",), "finish": ("finish",)}
+STAGES["both"] = ("autoencoder", "polish", "prior", "finish")
 MEASURED_STEPS = 3
 FEW_LATENTS = 4
 
 
 def shares(cfg: Config, stage: str) -> dict[str, float]:
     """Of the training time of `stage`, one of STAGES, by section of the settings."""
-    known = SPATIAL_SHARES if cfg.polish.enabled or cfg.detail.enabled or cfg.finish.enabled else SHARES
+    known = SPATIAL_SHARES if cfg.polish.enabled or cfg.finish.enabled else SHARES
     wanted = [name for name in STAGES[stage] if name in known and wants(cfg, name)]
     total = sum(known[name] for name in wanted)
     return {name: known[name] / total for name in wanted}

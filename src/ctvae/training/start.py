@@ -2,7 +2,7 @@
 
 They are copied into the run folder, so that it resumes without the model:
 
-    run/from/config.yaml, autoencoder.safetensors, detail.safetensors, prior-flow.safetensors
+    run/from/config.yaml, autoencoder.safetensors, prior-flow.safetensors
 
 The autoencoder is taken over and, unless the prior alone is trained, goes on learning. The flow's network is taken over where its
 sizes are the same; what is fitted in closed form (scales, the Wiener filter) is fitted to the new latents.
@@ -28,13 +28,12 @@ from ctvae.errors import ConfigError, ModelError
 from ctvae.models import build
 from ctvae.runlog import Run
 
-AUTOENCODER, DETAIL, FLOW = "autoencoder.safetensors", "detail.safetensors", "prior-flow.safetensors"
-FILES = ("config.yaml", AUTOENCODER, DETAIL, FLOW)
+AUTOENCODER, FLOW = "autoencoder.safetensors", "prior-flow.safetensors"
+FILES = ("config.yaml", AUTOENCODER, FLOW)
 TOLD = "condition.0.weight"  # of the flow's networks: the first layer that the conditions meet
 WEIGHTS_DECIDE = {  # settings that the weights fix
     "model": None,  # all but how they are computed with
     "data": ("window_hu",),
-    "detail": ("widths", "guess_widths"),
     "prior": ("widths", "blocks", "mlp_width"),
 }
 NOT_OF_THE_WEIGHTS = {"checkpointing"}
@@ -80,22 +79,19 @@ def started(run: Run) -> bool:
     return "from" in run.state
 
 
-def load_network(run: Run, network: nn.Module, name: str = AUTOENCODER) -> None:
-    """Gives a new network the weights in file `name` to start from, if there are any. Raises ModelError where they do not fit."""
-    if started(run) and (run.folder / "from" / name).is_file():
-        tensors, _ = load(run.folder / "from" / name)
+def load_network(run: Run, network: nn.Module) -> None:
+    """Gives a new autoencoder the weights to start from, if the run has any. Raises ModelError where they do not fit."""
+    if started(run):
+        tensors, _ = load(run.folder / "from" / AUTOENCODER)
         network.load_state_dict(built(lambda: network, tensors, run.folder / "from").state_dict())
 
 
-TAKEN = {"prior": {"detail": DETAIL}, "finish": {"detail": DETAIL, "prior": FLOW}, "detail": {}}  # beside the autoencoder
-
-
 def take_autoencoder(run: Run, cfg: Config, stage: str) -> None:
-    """The autoencoder to start from as the run's own, finished; and what else `stage` builds on, as far as it is there."""
-    for name, file in TAKEN[stage].items():
-        if (run.folder / "from" / file).is_file():
-            save(run.folder / file, *load(run.folder / "from" / file))
-            run.finish_stage(name, taken_from=run.state["from"])
+    """The autoencoder to start from as the run's own, finished; to finish its decoder, the flow as well."""
+    flow = run.folder / "from" / FLOW
+    if stage == "finish" and flow.is_file():
+        save(run.folder / FLOW, *load(flow))
+        run.finish_stage("prior", taken_from=run.state["from"])
     tensors, meta = load(run.folder / "from" / AUTOENCODER)
     assert cfg.data.shape is not None
     shape = cfg.data.shape

@@ -22,7 +22,6 @@ from ctvae.models import build
 from ctvae.ranks import Ranks, joined
 from ctvae.runlog import Run
 from ctvae.training.autoencoder import train_autoencoder
-from ctvae.training.detail import train_detail
 from ctvae.training.encoding import encode_groups
 from ctvae.training.finish import finish_decoder
 from ctvae.training.groups import TrainingGroups
@@ -123,8 +122,7 @@ class _Stages:
             take_autoencoder(self.run, self.settled.cfg, stage)
             self.ranks.barrier()
         train = {
-            "autoencoder": self._autoencoder, "polish": self._polish, "detail": self._detail, "prior": self._prior,
-            "finish": self._finish,
+            "autoencoder": self._autoencoder, "polish": self._polish, "prior": self._prior, "finish": self._finish,
         }  # fmt: skip
         for name in STAGES[stage]:
             if wants(self.settled.cfg, name):
@@ -141,12 +139,9 @@ class _Stages:
     def _polish(self, cfg: Config) -> None:
         polish_decoder(self.run, cfg, *self._split(), self.ranks)
 
-    def _detail(self, cfg: Config) -> None:
-        train_detail(self.run, cfg, *self._split(), self.ranks)
-
     def _finish(self, cfg: Config) -> None:
         if not self.ranks.told(lambda: self.run.stage_done("prior")):
-            raise ModelError(f"{self.run.folder}: has no trained prior yet, whose samples `finish` needs; run --stage prior first")
+            raise ModelError(f"{self.run.folder}: has no trained prior yet, whose samples `finish` needs; run --stage prior")
         finish_decoder(self.run, cfg, *self._split(), self.ranks)
 
     def _split(self) -> tuple[TrainingGroups, TrainingGroups]:
