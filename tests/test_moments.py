@@ -16,8 +16,8 @@ def patches(seed: int, scale: float = 1.0, shape=(2, 1, 8, 12, 16)) -> torch.Ten
 
 
 def kinds(x: torch.Tensor) -> dict[str, np.ndarray]:
-    parts = statistics(x, SOFT).split(SIZES)
-    return {name: part.numpy() for name, part in zip(("near", "shares", "steps", "bands"), parts, strict=True)}
+    shares, steps, bands = statistics(x, SOFT).split(SIZES)
+    return {"near": shares[:1].numpy(), "shares": shares[1:].numpy(), "steps": steps.numpy(), "bands": bands.numpy()}
 
 
 def test_shares_are_a_histogram_of_body_and_what_surrounds_it():

@@ -10,6 +10,8 @@ Shapes:  B batch   D H W voxels   Z latent channels   d h w latent voxels
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,8 @@ from ctvae.training.moments import Moments
 from ctvae.training.optimizer import build_optimizer
 from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, gradient_norm, noisy_latents
 from ctvae.training.tally import Tally
+
+DRAWING = 0.3  # of the stage's minutes at most
 
 
 class FinishedPair(Pair):
@@ -80,7 +84,6 @@ def finish_decoder(
     network, noted = load_autoencoder(run, cfg)
     assert isinstance(network, Wavelet3DVAE)
     samples = DrawnLatents(run.folder / "drawn", cfg, network.cfg.grid, ranks)
-    samples.draw(Model(run.folder))
     network.encoder.requires_grad_(False)
     goal = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
     pair = FinishedPair(network.decoder, PatchDiscriminator(settings.discriminator_width), goal.soft, ranks)
@@ -93,6 +96,7 @@ def finish_decoder(
     meta = checkpoints.resume(pair, ema, optimizer, judge)
     start = ranks.agreed(int(meta["step"]))
     clock = Clock(settings, settings.steps, settings.minutes, meta.get("seconds", 0.0), ranks)
+    samples.draw(Model(run.folder), math.inf if settings.minutes is None else 60 * settings.minutes * DRAWING)
     curve = Curve(run, "finish", start)
     pair.discriminator.requires_grad_(False)  # processes exchange the gradients of what learns in each
     draw, fabric_optimizer = fabric.setup(FinishObjective(network, pair, cfg, ranks), optimizer)

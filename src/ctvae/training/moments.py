@@ -28,7 +28,7 @@ from ctvae import haar
 BINS = 81
 LAGS = (1, 2, 4)
 NEAR = 5  # voxels of the box about each voxel in which body is looked for
-SIZES = (1, BINS, 6 * len(LAGS), 28)  # of the kinds of statistics
+SIZES = (1 + BINS, 6 * len(LAGS), 28)  # of the kinds of statistics
 MOST_OFF = 3.0  # spreads, beyond which nothing pulls harder
 DECAY = 0.97
 FEWEST = 5  # batches before anything is compared
