@@ -108,8 +108,8 @@ def test_checkpointing_trades_activations_for_arithmetic():
     size = (64, 256, 256)  # of which the activations, and not the weights, take the memory
     plain = dry.training(config("wavelet3d", size, *WHOLE), Kernels())
     checkpointed = dry.training(config("wavelet3d", size, *WHOLE, "model.checkpointing=true"), Kernels())
-    assert checkpointed.activations < plain.activations / 2
-    assert checkpointed.phases["step"] < 0.6 * plain.phases["step"]
+    assert checkpointed.activations < 0.6 * plain.activations
+    assert checkpointed.phases["step"] < 0.85 * plain.phases["step"]
     assert 1.1 < checkpointed.flops / plain.flops < 1.35  # a forward pass is a third of a step
 
 

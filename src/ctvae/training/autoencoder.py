@@ -6,6 +6,7 @@ Shapes:  B batch   D H W voxels   latents [B ...] as the method makes them
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from ctvae.config import AutoencoderTraining, Config, Size3
 from ctvae.device import generator, make_fabric, place
 from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
+from ctvae.models.recompute import summed_by_slabs
 from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks, is_first
 from ctvae.runlog import Clock, Curve, Run
@@ -45,14 +47,20 @@ class Reconstruction:
         self.soft = (max(-1.0, soft[0]), min(1.0, soft[1]))
 
     def __call__(self, y: Tensor, x: Tensor) -> dict[str, Tensor]:
-        cfg = self.cfg
+        return summed_by_slabs(partial(self._of_slab, depth=y.shape[2]), y, x)
+
+    def _of_slab(self, y: Tensor, x: Tensor, own: int, depth: int) -> dict[str, Tensor]:
+        """What a slab adds to the terms of a volume of `depth` slices: its first `own` slices, and every step along D in it."""
+        cfg, share, steps = self.cfg, own / depth, (y.shape[2] - 1) / max(1, depth - 1)
+        along_d = steps * losses.gradient_l1(y, x, (2,)) / 3 if cfg.gradient_weight else None
+        y, x = y[:, :, :own], x[:, :, :own]
         error = y - x
-        loss = error.square().flatten(1).sum(1).mean() if cfg.reconstruction == "mse_sum" else error.abs().mean()
+        loss = error.square().flatten(1).sum(1).mean() if cfg.reconstruction == "mse_sum" else share * error.abs().mean()
         terms = {"reconstruction": cfg.reconstruction_weight * loss}
-        if cfg.gradient_weight:
-            terms["gradient"] = cfg.gradient_weight * losses.gradient_l1(y, x)
+        if along_d is not None:
+            terms["gradient"] = cfg.gradient_weight * (along_d + share * 2 * losses.gradient_l1(y, x, (3, 4)) / 3)
         if cfg.soft_tissue_weight and self.soft[0] < self.soft[1]:
-            terms["soft_tissue"] = cfg.soft_tissue_weight * losses.window_l1(y, x, *self.soft)
+            terms["soft_tissue"] = cfg.soft_tissue_weight * share * losses.window_l1(y, x, *self.soft)
         return terms
 
 
