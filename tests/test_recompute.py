@@ -61,9 +61,9 @@ def test_a_norm_by_slabs_is_the_norm(small_slabs, dtype, autocast):
     torch.testing.assert_close(of_weight, slab_of_weight, rtol=0, atol=summed_in(dtype) * of_weight.abs().max().item())
 
 
-def step(precision: str, checkpointing: bool) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+def step(precision: str, checkpointing: bool, *settings: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Losses and gradients of one step on two volumes."""
-    cfg = load_recipe("wavelet3d", [*TWO_LEVELS, f"model.checkpointing={checkpointing}"])
+    cfg = load_recipe("wavelet3d", [*TWO_LEVELS, f"model.checkpointing={checkpointing}", *settings])
     torch.manual_seed(0)
     network = build(cfg.model, (24, 32, 32))
     place(network, torch.device("cpu"))
@@ -142,6 +142,15 @@ def test_a_copy_has_weights_of_its_own(small_slabs):
     assert network.encode(torch.ones(1, 1, 8, 16, 16))[1].abs().max() > 0
     assert twin.encode(torch.ones(1, 1, 8, 16, 16))[1].abs().max() == 0
     assert twin.state_dict().keys() == network.state_dict().keys()
+
+
+@pytest.mark.slow
+def test_a_compiled_step_gives_the_eager_loss_and_gradients(small_slabs):
+    plain, gradients = step("fp32", checkpointing=False)
+    compiled, others = step("fp32", False, "autoencoder.compile=true")
+    assert compiled == pytest.approx(plain, rel=1e-5)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(others[key], gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
 
 
 def test_what_it_saves():

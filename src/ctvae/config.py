@@ -177,6 +177,7 @@ class AutoencoderTraining(Training):
     kl_warmup: float = Field(0.0, ge=0, le=1, description="share of the training over which the KL's weight rises from 0")
     gradient_weight: float = Field(0.5, ge=0, description="L1 on finite differences along D, H, W")
     soft_tissue_weight: float = Field(1.0, ge=0, description="L1 again inside -160..240 HU")
+    compile: bool = Field(False, description="torch.compile encoder and decoder: minutes at the start; no plan knows its memory")
 
 
 class Polish(Training):

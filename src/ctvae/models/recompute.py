@@ -9,6 +9,7 @@ Shapes:  B batch   C channels   D H W voxels
   Two volumes stay where there were four, and only operations on each voxel alone run twice.
 * `recomputed`: a part keeps its input only and runs again in the backward pass (Chen et al. 2016). Parts may be nested.
 
+A compiler fuses and recomputes such operations by itself; under torch.compile only `recomputed` is used.
 All give what the plain network gives: the same forward pass bit for bit, losses and gradients to rounding.
 """
 
@@ -61,7 +62,7 @@ def recomputed(_: nn.Module, forward: Forward, x: Tensor) -> Any:
 
 def lean(block: nn.Module, forward: Forward, x: Tensor) -> Any:
     """A ResBlock that keeps its input and its first convolution's output; small ones, [B C D H W], are left as they are."""
-    if x.numel() <= SLAB_NUMBERS or not torch.is_grad_enabled():
+    if x.numel() <= SLAB_NUMBERS or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return forward(x)
     return x + made_again(F.silu, block.conv2, made_again(block.norm, block.conv1, x))  # type: ignore[arg-type]
 
@@ -86,7 +87,7 @@ def made_again(make: Forward, use: Forward, x: Tensor) -> Tensor:
 
 def by_slabs(module: nn.Module, forward: Forward, x: Tensor) -> Tensor:
     """Of a module that treats every voxel alone, [B C D H W] -> [B C D H W]: a slab of slices at a time."""
-    if x.ndim != 5 or x.numel() <= SLAB_NUMBERS:
+    if x.ndim != 5 or x.numel() <= SLAB_NUMBERS or torch.compiler.is_compiling():
         return forward(x)  # type: ignore[no-any-return]
     return _BySlabs.apply(forward, x, *module.parameters())  # type: ignore[no-any-return]
 

@@ -6,6 +6,7 @@ Shapes:  B batch   D H W voxels   latents [B ...] as the method makes them
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -72,6 +73,8 @@ class Objective(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.network, self.cfg, self.ranks = network, cfg, ranks
+        self.encode: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.compile(network.encode) if cfg.compile else network.encode
+        self.decode: Callable[[Tensor], Tensor] = torch.compile(network.decode) if cfg.compile else network.decode
         self.reconstruction = Reconstruction(cfg, window_hu)
         self.kl_weight = cfg.kl_weight
 
@@ -81,9 +84,9 @@ class Objective(nn.Module):
         self.kl_weight = share * self.cfg.kl_weight
 
     def forward(self, x: Tensor, random: torch.Generator) -> dict[str, Tensor]:  # [B 1 D H W]
-        mean, logvar = self.network.encode(x)
+        mean, logvar = self.encode(x)
         noise = self.ranks.normal(mean.shape, random).to(mean.device)
-        y = self.network.decode(mean + (0.5 * logvar).exp() * noise)  # [B 1 D H W]
+        y = self.decode(mean + (0.5 * logvar).exp() * noise)  # [B 1 D H W]
         return {**self.reconstruction(y.float(), x), **self._kl(mean, logvar)}
 
     def _kl(self, mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
