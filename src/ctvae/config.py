@@ -251,18 +251,20 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f", did you mean '{close[0]}'?" if close else ""
 
 
-def load_recipe(method: str, overrides: Sequence[str] = ()) -> Config:
+def load_recipe(method: str, overrides: Sequence[str] = (), source: str | None = None) -> Config:
     """The recipe called `method` with `key=value` overrides applied, e.g. `model.latent_channels=16`.
 
-    Raises ConfigError for an unknown method or key (naming the nearest one) and for values out of range.
+    Raises ConfigError for an unknown method or key (naming the nearest one) and for values out of range; `source`, a file
+    that the overrides come from, is then named.
     """
     path = RECIPES / f"{method}.yaml"
     if method not in recipe_names():
-        raise ConfigError(f"unknown method '{method}'{nearest(method, recipe_names())} (known: {', '.join(recipe_names())})")
+        known = f"{nearest(method, recipe_names())} (known: {', '.join(recipe_names())})"
+        raise ConfigError(f"{f'{source}: ' if source else ''}unknown method '{method}'{known}")
     tree = {"method": method, **(yaml.safe_load(path.read_text()) or {})}
     for override in overrides:
         _set(tree, override)
-    return validated(tree, source=f"--set with method {method}" if overrides else path.name)
+    return validated(tree, source or (f"--set with method {method}" if overrides else path.name))
 
 
 def with_overrides(cfg: Config, overrides: Sequence[str]) -> Config:
