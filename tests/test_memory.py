@@ -351,7 +351,8 @@ def test_hours_set_the_steps_from_a_measured_one(tiny_dataset, tiny_settings, tm
     assert (timed.cfg.autoencoder.steps, timed.cfg.prior.steps) == (36, 104)
     found = planner.with_hours(planner.weigh("wavelet3d", planner.Source((64, 32, 32)), 24, tiny_settings), 0.1)
     assert load_recipe("wavelet3d", found.overrides).prior.steps == 104
-    assert (found.plan["autoencoder_steps"], found.plan["prior_steps"]) == (36, 104)
+    assert (found.plan["autoencoder_steps"], found.plan["prior_steps"], found.plan["polish_minutes"]) == (36, 104, 0.72)
+    assert load_recipe("wavelet3d", found.overrides).polish.minutes == 0.72
     free = [text for text in tiny_settings if not text.startswith(("autoencoder.steps", "prior.steps"))]
     monkeypatch.setattr(pace, "autoencoder_step_seconds", lambda _: 36.0)  # without a prior 30 of 42 % of 0.1 h: seven steps
     run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=free, hours=0.1)

@@ -108,8 +108,8 @@ def test_checkpointing_trades_activations_for_arithmetic():
     size = (64, 256, 256)  # of which the activations, and not the weights, take the memory
     plain = dry.training(config("wavelet3d", size, *WHOLE), Kernels())
     checkpointed = dry.training(config("wavelet3d", size, *WHOLE, "model.checkpointing=true"), Kernels())
-    assert checkpointed.activations < plain.activations / 2
-    assert checkpointed.phases["step"] < 0.6 * plain.phases["step"]
+    assert checkpointed.activations < 0.6 * plain.activations
+    assert checkpointed.phases["step"] < 0.85 * plain.phases["step"]
     assert 1.1 < checkpointed.flops / plain.flops < 1.35  # a forward pass is a third of a step
 
 
@@ -216,7 +216,8 @@ def test_less_memory_means_checkpointing_then_patches(whole):
     assert patched.plan["patch"] == (64, 64, 64)
     for found in (checkpointed, patched):
         assert found.fits
-        assert found.note.startswith(f"needs {whole.train_peak_gb:.1f} GB of ")
+        assert found.note.startswith(f"needs {whole.train_peak_gb:.2f} GB of ")
+        assert ", 10% of which stay free; fits with " in found.note, "the two numbers alone would say that it fits"
         assert max(found.train_peak_gb, found.prior_peak_gb, found.encode_peak_gb, found.decode_peak_gb) <= found.memory_gb
 
 
@@ -235,13 +236,14 @@ def test_what_the_user_set_is_refused_rather_than_changed(whole):
     with pytest.raises(DoesNotFit) as refused:
         planner.plan("whole3d", SIZE, whole.train_peak_gb, pinned)
     line = str(refused.value)
-    assert f"needs {whole.train_peak_gb:.1f} GB of {whole.train_peak_gb:g}; fits with checkpointing (" in line
+    memory = f"{whole.train_peak_gb:.2f} GB of {whole.train_peak_gb:g}"
+    assert f"needs {memory}, 10% of which stay free; fits with checkpointing (" in line
     assert "or patches of 64x64x64 (" in line
     assert "\n" not in line
 
 
 def test_a_method_without_patches_names_the_size_that_fits():
-    with pytest.raises(DoesNotFit, match=r"^slice2d on 64x256x256 needs 1\.0 GB of 0\.5; fits on 64x128x128 \(0\.\d GB\)$"):
+    with pytest.raises(DoesNotFit, match=r"^slice2d on 64x256x256 needs 0\.97 GB of 0\.5; fits on 64x128x128 \(0\.\d\d GB\)$"):
         planner.plan("slice2d", (64, 256, 256), 0.5)
 
 
@@ -299,6 +301,14 @@ def test_decoding_by_tiles_does_not_grow_with_the_features():
     assert peak(512) - peak(256) <= 256 * 256 * 256 * 14  # the volume, two copies of it, int16
 
 
+def test_a_patch_is_put_on_the_grid_and_refused_where_there_are_none():
+    found = planner.plan("wavelet3d", (32, 64, 64), 24, ("data.patch=[30,50,64]",))
+    assert found.plan["patch"] == (32, 56, 64)
+    assert load_recipe("wavelet3d", found.overrides).data.patch == (32, 56, 64)
+    with pytest.raises(ConfigError, match="slice2d trains on whole groups; patches are for wavelet3d"):
+        planner.plan("slice2d", (32, 64, 64), 24, ("data.patch=[32,64,64]",))
+
+
 def test_thick_slices_keep_their_resolution():
     found = planner.plan("wavelet3d", (32, 64, 64), 24, spacing_mm=(0.8, 0.8, 2.5))
     assert found.plan["strides"] == ((1, 2, 2), (2, 2, 2), (2, 2, 2))
@@ -325,6 +335,15 @@ def test_a_plan_file_can_be_edited_and_damaged(tmp_path):
     file = tmp_path / "plan.yaml"
     file.write_text("method: slice2d\nautoencoder.batch: 3\ndata.shape: [4, 64, 64]\n")
     assert load_recipe(planner.plan_method(file), planner.plan_overrides(file)).autoencoder.batch == 3
+    file.write_text("method: wavelet3d\nautoencoder: {batch: 2}\npolish:\n  batch: 1\n")  # sections, as in a recipe
+    edited = load_recipe("wavelet3d", planner.plan_overrides(file))
+    assert edited == load_recipe("wavelet3d", ["autoencoder.batch=2", "polish.batch=1"])
+    file.write_text("method: wavelet3d\nautoencoder.bach: 2\n")
+    with pytest.raises(ConfigError, match=rf"^{file}: unknown key 'autoencoder.bach', did you mean 'batch'\?"):
+        planner.plan_overrides(file)
+    file.write_text("method: wavelet\n")
+    with pytest.raises(ConfigError, match=rf"^{file}: unknown method 'wavelet', did you mean 'wavelet3d'\?"):
+        planner.plan_overrides(file)
     file.write_text("- 3\n")
     with pytest.raises(ConfigError, match="not a plan; it has a line `method: NAME`"):
         planner.plan_overrides(file)
@@ -364,10 +383,14 @@ def test_the_command_refuses_in_one_line(capsys):
     arguments = ("plan", "--method", "slice2d", "--size", "64x256x256", "--memory", "500MB")
     code, out, err = call(capsys, *arguments)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
-    assert err.startswith("error: slice2d on 64x256x256 needs 1.0 GB of 0.5; fits on ")
+    assert err.startswith("error: slice2d on 64x256x256 needs 0.97 GB of 0.5; fits on ")
     code, out, _ = call(capsys, *arguments, "--json")
     assert code == 2
     assert json.loads(out)["fits"] is False
+    stride_1 = ("plan", "--method", "conv3d", "--set", "model.stride=1", "--size", "64x256x256", "--memory", "24GB", "--json")
+    code, out, err = call(capsys, *stride_1)
+    told = json.loads(out)
+    assert (code, told["fits"], told["train_peak_gb"], f"error: {told['note']}\n") == (2, False, None, err)
     assert call(capsys, "plan", "--memory", "2GB")[2] == "error: plan: name a DATASET or a size, e.g. --size 64x512x512\n"
 
 

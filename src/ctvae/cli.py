@@ -192,8 +192,14 @@ def plan(
     from ctvae.planning import report
     from ctvae.planning.sizes import parse_memory
 
-    available_gb = parse_memory(memory) if memory else None
-    found = planner.weigh(method, planner.Source.asked(dataset, size), available_gb, _overrides(settings, window))
+    available_gb = parse_memory(memory) if memory else planner.machine_memory_gb()
+    source = planner.Source.asked(dataset, size)
+    try:
+        found = planner.weigh(method, source, available_gb, _overrides(settings, window))
+    except DoesNotFit as refusal:
+        if as_json:
+            typer.echo(json.dumps(report.refusal_json(method, source.size, available_gb, str(refusal))))
+        raise
     if hours and found.fits:
         found = planner.with_hours(found, hours)
     if as_json:

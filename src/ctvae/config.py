@@ -177,6 +177,7 @@ class AutoencoderTraining(Training):
     kl_warmup: float = Field(0.0, ge=0, le=1, description="share of the training over which the KL's weight rises from 0")
     gradient_weight: float = Field(0.5, ge=0, description="L1 on finite differences along D, H, W")
     soft_tissue_weight: float = Field(1.0, ge=0, description="L1 again inside -160..240 HU")
+    compile: bool = Field(False, description="torch.compile encoder and decoder: minutes at the start; no plan knows its memory")
 
 
 class Polish(Training):
@@ -268,18 +269,20 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f", did you mean '{close[0]}'?" if close else ""
 
 
-def load_recipe(method: str, overrides: Sequence[str] = ()) -> Config:
+def load_recipe(method: str, overrides: Sequence[str] = (), source: str | None = None) -> Config:
     """The recipe called `method` with `key=value` overrides applied, e.g. `model.latent_channels=16`.
 
-    Raises ConfigError for an unknown method or key (naming the nearest one) and for values out of range.
+    Raises ConfigError for an unknown method or key (naming the nearest one) and for values out of range; `source`, a file
+    that the overrides come from, is then named.
     """
     path = RECIPES / f"{method}.yaml"
     if method not in recipe_names():
-        raise ConfigError(f"unknown method '{method}'{nearest(method, recipe_names())} (known: {', '.join(recipe_names())})")
+        known = f"{nearest(method, recipe_names())} (known: {', '.join(recipe_names())})"
+        raise ConfigError(f"{f'{source}: ' if source else ''}unknown method '{method}'{known}")
     tree = {"method": method, **(yaml.safe_load(path.read_text()) or {})}
     for override in overrides:
         _set(tree, override)
-    return validated(tree, source=f"--set with method {method}" if overrides else path.name)
+    return validated(tree, source or (f"--set with method {method}" if overrides else path.name))
 
 
 def with_overrides(cfg: Config, overrides: Sequence[str]) -> Config:

@@ -21,10 +21,14 @@ def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
 
 
-def gradient_l1(x: Tensor, y: Tensor) -> Tensor:
-    """Mean absolute difference of the finite differences of x and y, averaged over D, H and W (Mathieu et al. 2016)."""
+def gradient_l1(x: Tensor, y: Tensor, axes: tuple[int, ...] = (2, 3, 4)) -> Tensor:
+    """Mean absolute difference of the finite differences of x and y, averaged over `axes` (Mathieu et al. 2016).
+
+    An axis one voxel long has none, which counts as zero.
+    """
     difference = x - y
-    return sum((difference.diff(dim=axis).abs().mean() for axis in (2, 3, 4)), start=difference.new_zeros(())) / 3
+    along = (difference.diff(dim=axis).abs().mean() for axis in axes if difference.shape[axis] > 1)
+    return sum(along, start=difference.new_zeros(())) / len(axes)
 
 
 def window_l1(x: Tensor, y: Tensor, low: float, high: float) -> Tensor:

@@ -31,7 +31,7 @@ from ctvae.planning.report import Plan, as_yaml, flow
 from ctvae.planning.sizes import parse_size, smaller, strides_for, written
 from ctvae.planning.workspace import Kernels
 from ctvae.runlog import MEMORY_SETTINGS
-from ctvae.training.pace import steps_for
+from ctvae.training.pace import shares, steps_for
 
 MEMORY_KEYS = frozenset(f"{section}.{key}" for section, keys in MEMORY_SETTINGS.items() for key in keys)
 KEPT_FREE = 0.1  # share of the memory that a plan leaves: the prediction's own error, and what else runs
@@ -97,11 +97,16 @@ def weigh(method: str, source: Source, memory_gb: float | None = None, overrides
 
 
 def with_hours(found: Plan, hours: float) -> Plan:
-    """`found` with steps that take `hours` on this machine, measured: it trains a few steps for real, of both stages."""
-    steps = steps_for(load_recipe(found.method, found.overrides), hours)
-    counts = {key.replace(".", "_"): int(text) for key, _, text in (setting.partition("=") for setting in steps)}
-    kept = [text for text in found.overrides if text.partition("=")[0] not in {text.partition("=")[0] for text in steps}]
-    return replace(found, overrides=(*kept, *steps), plan={**found.plan, **counts})
+    """`found` with steps that take `hours` on this machine, measured: it trains a few steps for real, of both stages.
+
+    The polish gets its share in minutes.
+    """
+    cfg = load_recipe(found.method, found.overrides)
+    lengths = steps_for(cfg, hours)
+    lengths += [f"polish.minutes={60 * hours * shares(cfg, 'both')['polish']:.4g}"] if cfg.polish.enabled else []
+    told = {key.replace(".", "_"): yaml.safe_load(text) for key, _, text in (setting.partition("=") for setting in lengths)}
+    kept = [text for text in found.overrides if text.partition("=")[0] not in {text.partition("=")[0] for text in lengths}]
+    return replace(found, overrides=(*kept, *lengths), plan={**found.plan, **told})
 
 
 def machine_memory_gb() -> float:
@@ -124,8 +129,11 @@ def write_plan(found: Plan, path: Path) -> None:
 
 
 def plan_overrides(path: Path | str) -> list[str]:
-    """The settings of a plan.yaml as `key=value`, for `load_recipe`. Raises ConfigError."""
-    return [f"{key}={flow(value)}" for key, value in _read_plan(path).items() if key != "method"]
+    """The settings of a plan.yaml as `key=value`, for `load_recipe`. Raises ConfigError, which names the file."""
+    tree = _read_plan(path)
+    overrides = [f"{key}={flow(value)}" for key, value in _settings(tree) if key != "method"]
+    load_recipe(str(tree["method"]), overrides, source=str(path))
+    return overrides
 
 
 def plan_method(path: Path | str) -> str:
@@ -141,6 +149,15 @@ def _read_plan(path: Path | str) -> dict[str, Any]:
     if not isinstance(tree, dict) or "method" not in tree or not all(isinstance(key, str) for key in tree):
         raise ConfigError(f"{path}: not a plan; it has a line `method: NAME` and lines `key: value` as for --set")
     return tree
+
+
+def _settings(tree: dict[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with their sections; those that a person wrote as sections, `autoencoder: {batch: 2}`, likewise."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{section}{key}.")
+        else:
+            yield f"{section}{key}", value
 
 
 # --- the search ----------------------------------------------------------------------------------------------------------
@@ -182,6 +199,15 @@ def next_smaller(cfg: Config, stage: str, pinned: Collection[str] = ()) -> Optio
         divisors = () if {"prior.batch", "prior.accumulate"} & set(pinned) else _divisors(cfg.prior.batch)
         found = (Option(f"a batch of {batch}", _split("prior", cfg.prior, batch)) for batch in divisors)
     return next(found, None)
+
+
+def patch_on_grid(cfg: Config) -> Size3 | None:
+    """The patch that was asked for, up to the next size that the network takes. Raises ConfigError where there are none."""
+    if cfg.data.patch is None:
+        return None
+    if not isinstance(cfg.model, Wavelet3D):
+        raise ConfigError(f"data.patch: {cfg.method} trains on whole groups; patches are for wavelet3d")
+    return intensity.multiple_above(cfg.data.patch, cfg.model.grid)
 
 
 def strides_override(cfg: Config, source: Source, pinned: Collection[str] = ()) -> str | None:
@@ -252,15 +278,15 @@ class _Search:
         return Kernels(this_device(), torch.get_num_threads())
 
     def _base(self) -> tuple[str, ...]:
-        """What was asked, made definite: strides from the spacing, shape on the grid."""
+        """What was asked, made definite: strides from the spacing, sizes on the grid."""
         settings = self.asked
         cfg = load_recipe(self.method, settings)
         strides = strides_override(cfg, self.source, self._pinned)
         if strides is not None:
             settings = (*settings, strides)
             cfg = load_recipe(self.method, settings)
-        shape = intensity.multiple_above(cfg.data.shape or self.source.size, cfg.model.grid)
-        return (*settings, f"data.shape={list(shape)}")
+        shape, patch = intensity.multiple_above(cfg.data.shape or self.source.size, cfg.model.grid), patch_on_grid(cfg)
+        return (*settings, f"data.shape={list(shape)}", f"data.patch={flow(patch and list(patch))}")
 
     @property
     def _pinned(self) -> set[str]:
@@ -339,15 +365,19 @@ class _Search:
     def _note(self, tried: list[tuple[Option, TrainingCost]], chosen: tuple[Option, TrainingCost] | None) -> str:
         asked = tried[0][1].peak
         if chosen is tried[0]:
-            return f"fits: training needs {asked / GB:.1f} GB of {self.memory_gb:g}"
-        need = f"needs {asked / GB:.1f} GB of {self.memory_gb:g}"
-        fitting = [f"{option.label} ({cost.peak / GB:.1f} GB)" for option, cost in tried[1:] if self._fits(cost.peak)]
+            return f"fits: training needs {_amount(asked)} of {self.memory_gb:g}"
+        need = self._need(asked)
+        fitting = [f"{option.label} ({_amount(cost.peak)})" for option, cost in tried[1:] if self._fits(cost.peak)]
         if not fitting:
             return f"{self.method} on {written(self.source.size)} {need}; {self._nearest_size(tried)}"
         note = f"{need}; fits with {' or '.join(fitting)}"
         if chosen is None:
             return f"{self.method} on {written(self.source.size)} {note}; leave out the --set that forbids it"
         return f"{note}; planned with {chosen[0].label}"
+
+    def _need(self, peak: int) -> str:
+        free = f", {KEPT_FREE:.0%} of which stay free" if peak / GB <= self.memory_gb else ""  # or the two numbers say nothing
+        return f"needs {_amount(peak)} of {self.memory_gb:g}{free}"
 
     def _nearest_size(self, tried: list[tuple[Option, TrainingCost]]) -> str:
         """The largest smaller group that fits with the settings as asked, or the least that was seen."""
@@ -356,11 +386,11 @@ class _Search:
             try:
                 cost = dry.training(load_recipe(self.method, (*self._base(), f"data.shape={list(size)}")), self._kernels)
                 if self._fits(cost.peak):
-                    return f"fits on {written(size)} ({cost.peak / GB:.1f} GB)"
+                    return f"fits on {written(size)} ({_amount(cost.peak)})"
             except ConfigError:  # too small for the method
                 break
         option, cost = min(tried, key=lambda pair: pair[1].peak)
-        return f"the least is {cost.peak / GB:.1f} GB, with {option.label}"
+        return f"the least is {_amount(cost.peak)}, with {option.label}"
 
     def _note_on_use(self, use: Use, prior: dict[str, int]) -> str:
         needs = {"encoding": use.encoding, "decoding": use.decoding, "training the prior": max(prior.values())}
@@ -368,7 +398,7 @@ class _Search:
         fitting = max(prior, key=lambda phase: prior[phase]) == "fitting"
         remedy = "fewer groups or prior.encodings=1" if fitting else "a smaller size"
         where = f"{self.method} on {written(self.source.size)}"
-        return f"{where}: {name} needs {peak / GB:.1f} GB of {self.memory_gb:g}; try {remedy}"
+        return f"{where}: {name} {self._need(peak)}; try {remedy}"
 
 
 @dataclass(frozen=True)
@@ -378,6 +408,12 @@ class Use:
     tile: Size3
     encoding: int
     decoding: int
+
+
+def _amount(count: int) -> str:
+    """Bytes as people compare them: 41.2 GB, 0.58 GB."""
+    gb = count / GB
+    return f"{gb:.1f} GB" if gb >= 10 else f"{gb:.2f} GB"
 
 
 def _voxels(cfg: Config) -> int:

@@ -4,9 +4,13 @@ Shapes:  B batch   C channels   D H W voxels
 
 * `by_slabs`: operations on each voxel alone run a few slices at a time, forward and backward. RMS norm of a bf16 volume
   makes several float32 copies of it; here they are as large as a slab, and only the bf16 input is kept.
+* `summed_by_slabs`: losses of whole volumes, likewise.
+* `lean`: a block's convolutions keep not their input but what it was made from, norm's and SiLU's input, which are kept anyway.
+  Two volumes stay where there were four, and only operations on each voxel alone run twice.
 * `recomputed`: a part keeps its input only and runs again in the backward pass (Chen et al. 2016). Parts may be nested.
 
-Both give what the plain network gives: the same forward pass bit for bit, gradients to rounding.
+A compiler fuses and recomputes such operations by itself; under torch.compile only `recomputed` is used.
+All give what the plain network gives: the same forward pass bit for bit, losses and gradients to rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from ctvae.models.blocks import ChannelNorm, ResBlock
@@ -26,12 +32,12 @@ MOST_SLABS = 16
 
 
 def save_memory(network: nn.Module, checkpointing: bool) -> None:
-    """Norms by slabs; with `checkpointing` every residual block is recomputed."""
+    """Norms by slabs, blocks lean; with `checkpointing` every residual block is recomputed."""
     for module in list(network.modules()):
         if isinstance(module, ChannelNorm):
             _wrap(module, by_slabs)
-        elif isinstance(module, ResBlock) and checkpointing:
-            _wrap(module, recomputed)
+        elif isinstance(module, ResBlock):
+            _wrap(module, recomputed if checkpointing else lean)
 
 
 Forward = Callable[[Tensor], Any]
@@ -54,9 +60,34 @@ def recomputed(_: nn.Module, forward: Forward, x: Tensor) -> Any:
     return checkpoint(forward, x, use_reentrant=False) if torch.is_grad_enabled() else forward(x)
 
 
+def lean(block: nn.Module, forward: Forward, x: Tensor) -> Any:
+    """A ResBlock that keeps its input and its first convolution's output; small ones, [B C D H W], are left as they are."""
+    if x.numel() <= SLAB_NUMBERS or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return forward(x)
+    return x + made_again(F.silu, block.conv2, made_again(block.norm, block.conv1, x))  # type: ignore[arg-type]
+
+
+def made_again(make: Forward, use: Forward, x: Tensor) -> Tensor:
+    """`use(make(x))`; what `use` would keep of `make(x)` for its gradient is made from x again."""
+    y, autocast = make(x), _autocast_state(x.device.type)
+    made, x = y.untyped_storage()._cdata, x.detach()
+
+    def pack(kept: Tensor) -> Tensor | None:
+        return None if kept.untyped_storage()._cdata == made else kept
+
+    def unpack(kept: Tensor | None) -> Tensor:
+        if kept is not None:
+            return kept
+        with torch.no_grad(), torch.autocast(x.device.type, **autocast):
+            return make(x)
+
+    with saved_tensors_hooks(pack, unpack):
+        return use(y)  # type: ignore[no-any-return]
+
+
 def by_slabs(module: nn.Module, forward: Forward, x: Tensor) -> Tensor:
     """Of a module that treats every voxel alone, [B C D H W] -> [B C D H W]: a slab of slices at a time."""
-    if x.ndim != 5 or x.numel() <= SLAB_NUMBERS:
+    if x.ndim != 5 or x.numel() <= SLAB_NUMBERS or torch.compiler.is_compiling():
         return forward(x)  # type: ignore[no-any-return]
     return _BySlabs.apply(forward, x, *module.parameters())  # type: ignore[no-any-return]
 
@@ -89,6 +120,51 @@ class _BySlabs(torch.autograd.Function):
             for total, other in zip(of_parameters, others, strict=True):
                 total += other
         return None, of_x, *of_parameters
+
+
+Terms = Callable[[Tensor, Tensor, int], dict[str, Tensor]]
+
+
+def summed_by_slabs(terms: Terms, y: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """The sums over slabs of `terms(y, x, own)`, losses that hold y to x, [B C D H W] both; nothing but these two is kept.
+
+    Slabs show one slice more than their `own`, the next one, where there is one. x gets no gradient.
+    """
+    if y.numel() <= SLAB_NUMBERS:
+        return terms(y, x, y.shape[2])
+    names: list[str] = []
+
+    def values(y: Tensor, x: Tensor, own: int) -> Tensor:  # [T]
+        found = terms(y, x, own)
+        names[:] = found
+        return torch.stack([*found.values()])
+
+    totals = _SummedBySlabs.apply(values, y, x)
+    return dict(zip(names, totals.unbind(), strict=True))
+
+
+class _SummedBySlabs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Callable[[Tensor, Tensor, int], Tensor], y: Tensor, x: Tensor) -> Tensor:
+        ctx.values, ctx.autocast = values, _autocast_state(y.device.type)
+        ctx.save_for_backward(y, x)
+        return torch.stack([values(y[:, :, seen], x[:, :, seen], own) for seen, own in _overlapping(y.shape)]).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        y, x = ctx.saved_tensors
+        of_y = torch.zeros_like(y)
+        for seen, own in _overlapping(y.shape):
+            part = y[:, :, seen].detach().requires_grad_()
+            with torch.enable_grad(), torch.autocast(y.device.type, **ctx.autocast):
+                value = ctx.values(part, x[:, :, seen], own)
+            of_y[:, :, seen] += torch.autograd.grad(value, part, grad)[0]
+        return None, of_y, None
+
+
+def _overlapping(shape: torch.Size) -> Iterator[tuple[slice, int]]:
+    """Slabs with the slice after them, if there is one, and how many slices are their own."""
+    yield from ((slice(slab.start, min(slab.stop + 1, shape[2])), slab.stop - slab.start) for slab in slabs(shape))
 
 
 def slabs(shape: torch.Size) -> Iterator[slice]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ctvae.checkpoint import EMA
 from ctvae.conditions import BUILT_IN
-from ctvae.config import Config, Prior, Size3, Training, Wavelet3D
+from ctvae.config import Config, Model, Prior, Size3, Training, Wavelet3D
 from ctvae.device import generator
 from ctvae.latents import LatentCode, LatentSet, most_fitted
 from ctvae.models import build
@@ -33,6 +33,7 @@ from ctvae.training.optimizer import build_optimizer
 from ctvae.training.polish import DecoderObjective, DiscriminatorObjective, Pair, build_judge
 from ctvae.training.prior import Conditioning, FlowObjective, build_velocity, fit_wiener, flow_batches
 
+Builder = Callable[[Model, Size3], Autoencoder]
 FLOAT32 = 4
 INT16 = 2
 LOADING = 2 * FLOAT32 + 2 * INT16  # per voxel of a group: in HU, fitted, and as float32 before and after augmentation
@@ -63,14 +64,14 @@ class TrainingCost:
         return max(0, self.phases["step"] - self.weights - self.gradients - self.optimizer - self.average - self.activations)
 
 
-def training(cfg: Config, kernels: Kernels) -> TrainingCost:
+def training(cfg: Config, kernels: Kernels, make: Builder = build) -> TrainingCost:
     """A step of `train_autoencoder` as it is after the first, what happens between steps, and then the polish.
 
-    Raises DoesNotFit, ConfigError.
+    `make` builds another network than `cfg` describes (benchmarks/ablations.py). Raises DoesNotFit, ConfigError.
     """
-    settings, shape = cfg.autoencoder, whole(cfg)
+    settings, shape = cfg.autoencoder.model_copy(update={"compile": False}), whole(cfg)  # fake tensors are for eager code
     with dry_run(kernels) as ledger:
-        network = _network(cfg, shape)
+        network = _network(cfg, shape, make)
         ema = EMA(network, settings.ema_decay)
         optimizer = _after_a_step(network, settings)
         standing = ledger.live_bytes
@@ -234,8 +235,8 @@ def step_shape(cfg: Config) -> Size3:
 # --- the networks --------------------------------------------------------------------------------------------------------
 
 
-def _network(cfg: Config, shape: Size3) -> Autoencoder:
-    network = build(cfg.model, shape)
+def _network(cfg: Config, shape: Size3, make: Builder = build) -> Autoencoder:
+    network = make(cfg.model, shape)
     if cfg.model.kind in ("wavelet3d", "conv3d"):
         to_channels_last(network)
     return network

@@ -41,7 +41,6 @@ class Plan:
     stages: tuple[Stage, ...]
 
 
-
 def as_text(plan: Plan) -> str:
     """Everything that `ctvae plan` prints for people."""
     lines = [f"{plan.method} on {_size(plan)}, {plan.memory_gb:g} GB on {plan.device}", ""]
@@ -66,6 +65,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
     """Plain values of every field."""
     tree = {field.name: getattr(plan, field.name) for field in fields(plan)}
     return tree | {"stages": [vars(stage) for stage in plan.stages]}
+
+
+def refusal_json(method: str, size: Size3, memory_gb: float, note: str) -> dict[str, Any]:
+    """The same object for a network that cannot even be counted, as the cited net at stride 1: what is not known is null."""
+    unknown = dict.fromkeys(field.name for field in fields(Plan))
+    return unknown | {"method": method, "size": size, "memory_gb": memory_gb, "fits": False, "as_asked": False, "note": note}
 
 
 def _setting(override: str) -> tuple[str, Any]:

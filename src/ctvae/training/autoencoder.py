@@ -6,6 +6,8 @@ Shapes:  B batch   D H W voxels   latents [B ...] as the method makes them
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from ctvae.config import AutoencoderTraining, Config, Size3
 from ctvae.device import generator, make_fabric, place
 from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
+from ctvae.models.recompute import summed_by_slabs
 from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks, is_first
 from ctvae.runlog import Clock, Curve, Run
@@ -46,14 +49,20 @@ class Reconstruction:
         self.soft = (max(-1.0, soft[0]), min(1.0, soft[1]))
 
     def __call__(self, y: Tensor, x: Tensor) -> dict[str, Tensor]:
-        cfg = self.cfg
+        return summed_by_slabs(partial(self._of_slab, depth=y.shape[2]), y, x)
+
+    def _of_slab(self, y: Tensor, x: Tensor, own: int, depth: int) -> dict[str, Tensor]:
+        """What a slab adds to the terms of a volume of `depth` slices: its first `own` slices, and every step along D in it."""
+        cfg, share, steps = self.cfg, own / depth, (y.shape[2] - 1) / max(1, depth - 1)
+        along_d = steps * losses.gradient_l1(y, x, (2,)) / 3 if cfg.gradient_weight else None
+        y, x = y[:, :, :own], x[:, :, :own]
         error = y - x
-        loss = error.square().flatten(1).sum(1).mean() if cfg.reconstruction == "mse_sum" else error.abs().mean()
+        loss = error.square().flatten(1).sum(1).mean() if cfg.reconstruction == "mse_sum" else share * error.abs().mean()
         terms = {"reconstruction": cfg.reconstruction_weight * loss}
-        if cfg.gradient_weight:
-            terms["gradient"] = cfg.gradient_weight * losses.gradient_l1(y, x)
+        if along_d is not None:
+            terms["gradient"] = cfg.gradient_weight * (along_d + share * 2 * losses.gradient_l1(y, x, (3, 4)) / 3)
         if cfg.soft_tissue_weight and self.soft[0] < self.soft[1]:
-            terms["soft_tissue"] = cfg.soft_tissue_weight * losses.window_l1(y, x, *self.soft)
+            terms["soft_tissue"] = cfg.soft_tissue_weight * share * losses.window_l1(y, x, *self.soft)
         return terms
 
 
@@ -65,6 +74,8 @@ class Objective(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.network, self.cfg, self.ranks = network, cfg, ranks
+        self.encode: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.compile(network.encode) if cfg.compile else network.encode
+        self.decode: Callable[[Tensor], Tensor] = torch.compile(network.decode) if cfg.compile else network.decode
         self.reconstruction = Reconstruction(cfg, window_hu)
         self.kl_weight = cfg.kl_weight
 
@@ -74,9 +85,9 @@ class Objective(nn.Module):
         self.kl_weight = share * self.cfg.kl_weight
 
     def forward(self, x: Tensor, random: torch.Generator) -> dict[str, Tensor]:  # [B 1 D H W]
-        mean, logvar = self.network.encode(x)
+        mean, logvar = self.encode(x)
         noise = self.ranks.normal(mean.shape, random).to(mean.device)
-        y = self.network.decode(mean + (0.5 * logvar).exp() * noise)  # [B 1 D H W]
+        y = self.decode(mean + (0.5 * logvar).exp() * noise)  # [B 1 D H W]
         return {**self.reconstruction(y.float(), x), **self._kl(mean, logvar)}
 
     def _kl(self, mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:

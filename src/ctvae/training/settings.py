@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ctvae import intensity, planner
-from ctvae.config import Config, Size3, Wavelet3D, load_config, load_recipe, with_overrides
+from ctvae import planner
+from ctvae.config import Config, Wavelet3D, load_config, load_recipe, with_overrides
 from ctvae.dataset import Dataset
 from ctvae.errors import ConfigError, DoesNotFit
 from ctvae.planning.sizes import written
@@ -127,7 +127,7 @@ def _share(cfg: Config, processes: int) -> Config:
 
 def _settled(dataset: Dataset, method: str, planned: Sequence[str], asked: Asked, note: str) -> Settled:
     cfg = load_recipe(method, _merged(planned, asked.overrides))
-    sizes = {"shape": training_shape(dataset, cfg), "patch": _on_the_grid(cfg)}
+    sizes = {"shape": training_shape(dataset, cfg), "patch": planner.patch_on_grid(cfg)}
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update=sizes)})
     return Settled(cfg, tuple(text for text in planned if _key(text) not in asked.pinned), note)
 
@@ -140,15 +140,6 @@ def _of_the_start(method: str, asked: Asked) -> tuple[str, ...]:
     if own != method:
         raise ConfigError(f"--from: that model is {own}, not {method}; leave out --method")
     return tuple(overrides)
-
-
-def _on_the_grid(cfg: Config) -> Size3 | None:
-    """The patch that was asked for, up to the next size that the network takes."""
-    if cfg.data.patch is None:
-        return None
-    if not isinstance(cfg.model, Wavelet3D):
-        raise ConfigError(f"data.patch: {cfg.method} trains on whole groups; patches are for wavelet3d")
-    return intensity.multiple_above(cfg.data.patch, cfg.model.grid)
 
 
 def _method(folder: Path, asked: Asked) -> str:
