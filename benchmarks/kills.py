@@ -1,16 +1,21 @@
-"""Kill -9 at random moments of prepare, generate and evaluate: the same command goes on, and ends as if nothing had been.
+"""Kill -9 at random moments of prepare, train, generate and evaluate: the same command goes on, and ends as if nothing had been.
 
     python benchmarks/kills.py --trials 10 --kills 3 --seed 0
+    python benchmarks/kills.py --verbs train --trials 3 --kills 10
 
-Phantoms are prepared, a network of a few thousand weights is trained for seconds, and each verb is run once through. Then,
-`--trials` times: begun in an empty folder, killed with all its processes after a random time, `--kills` times over (or until
-it is done), and at last left to finish. Every file that it leaves is compared byte for byte with the run that was not killed;
-of report.json and index.html all but the time of day.
+Phantoms are prepared, a network of a few thousand weights is trained for seconds (autoencoder, polish and prior, fp32), and
+each verb is run once through. Then, `--trials` times: begun in an empty folder, killed with all its processes after a random
+time, `--kills` times over (or until it is done), and at last left to finish; kills are spread over the whole of a run. Every file
+that it leaves is compared byte for byte with the run that was not killed: of report.json and index.html all but the time of day,
+of weights the tensors, of run.json all but the seconds, of curves steps and losses (figures of held-out groups are NaN after a
+kill until they are taken again). TensorBoard's events hold times and are not compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import json
 import os
 import random
 import re
@@ -23,7 +28,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-TIME_OF_DAY = re.compile(rb'20\d\d-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\+00:00)?( UTC)?')
+TIMES = re.compile(rb'"[a-z_]*seconds": [\d.]+|20\d\d-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\+00:00)?( UTC)?')
+LENGTHS = (
+    "autoencoder.steps=24", "polish.steps=12", "prior.steps=36", "autoencoder.save_every=2", "polish.save_every=2",
+    "prior.save_every=4",
+)  # fmt: skip
 Verb = Callable[[Path], list[str]]  # the folder to write -> the command line
 
 
@@ -32,7 +41,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=10)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--verbs", default="prepare,generate,evaluate")
+    parser.add_argument("--verbs", default="prepare,train,generate,evaluate")
     arguments = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="kills"))
     try:
@@ -55,16 +64,18 @@ def _stage(scratch: Path) -> dict[str, Verb]:
     scans, data, run, made = (scratch / name for name in ("scans", "data", "run", "made"))
     write_phantoms(scans, 8, shape=(64, 32, 32), spacing_mm=(12.5, 12.5, 4.5))
     prepare = ["prepare", str(scans), "--slices", "32", "--fractions", "0.5,0.25,0.25", "--workers"]
-    settings = [word for setting in TINY for word in ("--set", setting)]
+    settings = [word for setting in (*TINY, *LENGTHS) for word in ("--set", setting)]
+    train = ["train", str(data), *settings, "--out"]
     for command in (
         [*prepare, "1", "--out", str(data)],
-        ["train", str(data), "--out", str(run), *settings],
+        [*train, str(run)],
         ["generate", str(run), "--out", str(made), "-n", "6"],
     ):
         if _finish(command) != 0:
             raise SystemExit(f"could not stage: {command}")
     return {
         "prepare": lambda out: [*prepare, "2", "--patients-of", str(data), "--out", str(out)],
+        "train": lambda out: [*train, str(out)],
         "generate": lambda out: ["generate", str(run), "--out", str(out), "-n", "6"],
         "evaluate": lambda out: ["evaluate", "--real", str(data), "--synthetic", str(made), "--out", str(out)],
     }
@@ -77,13 +88,14 @@ def _judge(name: str, verb: Verb, folder: Path, arguments: argparse.Namespace) -
         raise SystemExit(f"{name}: does not run through")
     seconds = time.monotonic() - start
     expected = _content(folder / "through")
+    longest = seconds * min(1.0, 2 / arguments.kills)
     failed = killed = 0
     for trial in range(arguments.trials):
         rng = random.Random(f"{arguments.seed} {name} {trial}")
         out = folder / f"trial-{trial}"
         moments = []
         for _ in range(arguments.kills):
-            moments.append(rng.uniform(0, seconds))
+            moments.append(rng.uniform(0, longest))
             if not _killed(verb(out), moments[-1]):
                 break
             killed += 1
@@ -134,13 +146,27 @@ def _killed(command: list[str], after_seconds: float) -> bool:
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    """Every file, hidden ones too: nothing that a killed writer left may stay. Without the time of day."""
+    """Every file, hidden ones too: nothing that a killed writer left may stay. Without times."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and "tfevents" not in path.name:
             content = path.read_bytes().replace(str(folder).encode(), b"OUT")
-            found[str(path.relative_to(folder))] = TIME_OF_DAY.sub(b"TIME", content)
+            plain = {".safetensors": _tensors, ".csv": _losses}.get(path.suffix, lambda raw: TIMES.sub(b"TIME", raw))
+            found[str(path.relative_to(folder))] = plain(content)
     return found
+
+
+def _tensors(raw: bytes) -> bytes:
+    """Of a safetensors file without its description, which says how long training took."""
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header.pop("__metadata__", None)
+    return json.dumps(header).encode() + raw[8 + length :]
+
+
+def _losses(raw: bytes) -> bytes:
+    """Step and loss of a curve."""
+    return "\n".join(f"{row['step']} {row['loss']}" for row in csv.DictReader(raw.decode().splitlines())).encode()
 
 
 def _first(expected: bytes, found: bytes) -> list[str]:

@@ -284,7 +284,7 @@ def test_our_errors_are_one_line(monkeypatch, capsys, generate_module, error):
     assert refused(capsys, "generate", "run", "--out", "x") == f"error: {str(error).replace(chr(10), ' ')}"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM])
 def test_disk_trouble_is_one_line(monkeypatch, capsys, generate_module, number):
     failing(monkeypatch, OSError(number, os.strerror(number), "x/0.nii.gz"))
     line = refused(capsys, "generate", "run", "--out", "x")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import hostile_files
 import pytest
+import torch
 
 from ctvae import files, nifti
+from ctvae.checkpoint import load
 from ctvae.volume import Volume, plain_affine
 
 SHAPE = (16, 24, 24)
@@ -22,11 +26,27 @@ for limit, arguments in json.loads(sys.argv[1]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     print("exit code", run(arguments), file=sys.stderr)
 """  # SIGXFSZ is ignored by Python: a file that grows over the limit fails as on a full disk
+FULL_AFTER_SOME = """
+import json, resource, sys
+from ctvae.__main__ import run
+from ctvae.checkpoint import Checkpoints
+saves, limit, arguments = json.loads(sys.argv[1])
+plain, done = Checkpoints.save, []
+def save(*arguments, **more):
+    plain(*arguments, **more)
+    done.append(1)
+    if len(done) == saves:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+Checkpoints.save = save
+print("exit code", run(arguments), file=sys.stderr)
+"""
+AS_ANYONE = [] if os.geteuid() else ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]  # root may write everywhere
 
 
-def ran(*commands: tuple[int, list[str]]) -> list[list[str]]:
+def ran(*commands: tuple[int, list[str]], by: Sequence[str] = ()) -> list[list[str]]:
     """Lines on stderr of each command, its exit code last; `commands` are (most bytes per file or -1, arguments)."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(commands)], capture_output=True, text=True, check=True)
+    script = [*by, sys.executable, "-c", SCRIPT, json.dumps(commands)]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
     lines, each = [], []
     for line in done.stderr.splitlines():
         each.append(line)
@@ -34,6 +54,14 @@ def ran(*commands: tuple[int, list[str]]) -> list[list[str]]:
             lines.append(each)
             each = []
     return lines
+
+
+def refused(lines: list[str]) -> str:
+    """What a command that ended in one line said; nothing else went wrong on the way."""
+    assert lines[-1] == "exit code 2", lines
+    assert not any(word in line for line in lines for word in ("Traceback", "Exception")), lines
+    (said,) = (line for line in lines if line.startswith("error: "))
+    return said
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -74,15 +102,97 @@ def test_what_was_prepared_stays_when_the_disk_is_full(scans, tmp_path):
     assert content(out) == before
 
 
-@pytest.mark.parametrize("verb", ["prepare", "export"])
-def test_a_place_that_cannot_be_written_is_one_line(scans, tmp_path, verb, request):
+@pytest.mark.skipif(bool(AS_ANYONE) and not shutil.which("setpriv"), reason="root needs setpriv to be refused anything")
+def test_a_folder_that_may_not_be_written_is_one_line_for_every_verb(scans, tiny_dataset, tiny_run, tmp_path):
+    hu = hostile_files.body(5, (64, 24, 24))
+    scan = str(tmp_path / "scan.nii")
+    nifti.write(Path(scan), Volume(hu, plain_affine((12.0, 12.0, 4.5), hu.shape)))
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(0o555)
+    data, run = str(tiny_dataset), str(tiny_run)
+    commands = [
+        ["prepare", str(scans), "--slices", "8", "--workers", "1"],
+        ["train", data],
+        ["compare", data, "--methods", "wavelet3d", "--minutes", "0.01"],
+        ["generate", run, "-n", "1"],
+        ["vary", run, scan, "-n", "1"],
+        ["interpolate", run, scan, scan, "-n", "2"],
+        ["evaluate", "--real", data, "--synthetic", str(tiny_dataset / "groups")],
+        ["export", run],
+        ["reconstruct", run, scan],
+    ]
+    places = [str(closed / ("again.nii" if command[0] == "reconstruct" else "out")) for command in commands]
+    each = ran(*((-1, [*command, "--out", place]) for command, place in zip(commands, places, strict=True)), by=AS_ANYONE)
+    for command, lines in zip(commands, each, strict=True):
+        assert f"{closed}" in refused(lines), command
+        assert "cannot be written (Permission denied); free space or choose another folder" in refused(lines), command
+    assert list(closed.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_is_one_line(scans, tmp_path):
     place = "/proc/ctvae/out" if Path("/proc/self").exists() else str(tmp_path / "file" / "out")
     (tmp_path / "file").write_text("")
-    source = scans if verb == "prepare" else request.getfixturevalue("tiny_run")
-    (lines,) = ran((-1, [verb, str(source), "--out", place, *(["--slices", "8"] if verb == "prepare" else [])]))
-    assert lines[-1] == "exit code 2"
-    assert sum(line.startswith("error: ") for line in lines) == 1
-    assert not any("Traceback" in line for line in lines)
+    (lines,) = ran((-1, ["prepare", str(scans), "--out", place, "--slices", "8"]))
+    assert "cannot be written" in refused(lines)
+
+
+@pytest.mark.parametrize(
+    ("saves", "limit", "kept"),
+    [
+        (1, 0, "autoencoder-00000002"),
+        pytest.param(4, 4096, "polish-00000002", marks=pytest.mark.slow),
+        pytest.param(7, 4096, "flow-00000004", marks=pytest.mark.slow),
+    ],
+)
+def test_training_on_a_full_disk_keeps_its_checkpoints_and_goes_on(
+    tiny_dataset, tiny_run, tiny_settings, tmp_path, saves, limit, kept
+):
+    """The disk is full after so many checkpoints; then there is space again, and the weights are those of a run with space."""
+    from ctvae.training.train import train
+
+    run = tmp_path / "run"
+    command = ["train", str(tiny_dataset), "--out", str(run), *(word for text in tiny_settings for word in ("--set", text))]
+    script = [sys.executable, "-c", FULL_AFTER_SOME, json.dumps((saves, limit, command))]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    assert "File too large" in refused(done.stderr.splitlines())
+    held = sorted((run / "checkpoints").glob("*-[0-9]*.safetensors"))
+    assert held[-1].stem == kept
+    assert all(load(path)[1]["step"] for path in held)
+    assert not any(files.is_partial(path) for path in run.rglob("*"))
+    train(tiny_dataset, run, overrides=tiny_settings)
+    for path in sorted(tiny_run.glob("*.safetensors")):
+        one, other = load(path)[0], load(run / path.name)[0]
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in one.items()), path.name
+
+
+def test_scans_that_were_generated_stay_when_the_disk_is_full(tiny_run, tmp_path):
+    through, out = tmp_path / "through", tmp_path / "out"
+    generate = ["generate", str(tiny_run), "-n"]
+    _, _, full, before, again = ran(
+        (-1, [*generate, "3", "--out", str(through)]),
+        (-1, [*generate, "1", "--out", str(out)]),
+        (5000, [*generate, "3", "--out", str(out)]),
+        (5000, [*generate, "1", "--out", str(out)]),
+        (-1, [*generate, "3", "--out", str(out)]),
+    )
+    assert "synthetic-0-0001.nii.gz: cannot be written (File too large)" in refused(full)
+    assert "contact-sheet.png: cannot be written (File too large)" in refused(before)
+    assert again[-1] == "exit code 0"
+    assert content(out) == content(through)
+
+
+@pytest.mark.slow
+def test_a_report_stays_when_the_disk_is_full(tiny_dataset, tmp_path):
+    out = tmp_path / "report"
+    evaluate = ["evaluate", "--real", str(tiny_dataset), "--synthetic", str(tiny_dataset / "groups"), "--out", str(out)]
+    (through,) = ran((-1, evaluate))
+    assert through[-1] == "exit code 0"
+    before = content(out)
+    (full,) = ran((1000, evaluate))
+    assert "cannot be written (File too large)" in refused(full)
+    assert {name: raw for name, raw in content(out).items() if not name.startswith(".partial")} == before
 
 
 def test_what_a_killed_writer_left_is_swept_and_others_stay(tmp_path):

@@ -17,7 +17,7 @@ from ctvae import checkpoint
 from ctvae import model as model_module
 from ctvae.dataset import Dataset
 from ctvae.errors import InputError, ModelError
-from ctvae.generate import generate, interpolate, load, middle_slab, reconstruct, sidecar, vary
+from ctvae.generate import described, generate, interpolate, load, middle_slab, reconstruct, sidecar, vary
 from ctvae.scan import read_scan
 from ctvae.training.train import train
 from ctvae.volume import Volume, plain_affine
@@ -115,6 +115,15 @@ def test_the_sidecar_says_where_it_came_from(three, tiny_run):
     assert (told["method"], told["prior"], told["seed"], told["index"], told["steps"]) == ("wavelet3d", "flow", 7, 1, 2)
     assert told["model_sha256"] == load(tiny_run).hash
     assert told["window_hu"] == [-1000, 1000]
+
+
+def test_the_header_says_so_too(three, tiny_run):
+    """A file that has lost its sidecar still names its model and draw."""
+    for index, path in enumerate(three):
+        said = nib.load(path).header["descrip"].item().decode()
+        assert said == f"SYNTHETIC CT made by ctvae, not a patient; model {load(tiny_run).hash[:8]} seed 7 index {index}"
+    facts = {"model_sha256": "0123456789abcdef", "seed": 10**12, "index": 3}
+    assert described(facts) == "SYNTHETIC CT made by ctvae, not a patient; model 01234567"
 
 
 def test_finished_files_are_kept(tiny_run, tmp_path):

@@ -8,7 +8,9 @@ from __future__ import annotations
 import gzip
 import os
 import struct
+import tracemalloc
 import warnings
+import zlib
 from pathlib import Path
 
 import hostile_files
@@ -142,6 +144,34 @@ def test_hostile_headers_are_refused_for_what_is_wrong(tmp_path, plain, reason):
     path = tmp_path / "scan.nii"
     path.write_bytes(HOSTILE_NIFTI[reason](plain))
     assert reason in outcome(path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sixty_thousand_cubed_is_refused_before_memory_is_taken(tmp_path, packed):
+    import nibabel as nib
+
+    image = nib.Nifti2Image(HU.transpose(2, 1, 0), hostile_files.AFFINE)
+    raw = patch(image.to_bytes(), "<8q", 16, 3, 60_000, 60_000, 60_000, 1, 1, 1, 1)
+    path = tmp_path / ("scan.nii.gz" if packed else "scan.nii")
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+    tracemalloc.start()
+    said = outcome(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "the header claims 60000x60000x60000 voxels, more than the limit" in said
+    assert peak < 2e6
+
+
+def test_no_more_of_a_bomb_is_unpacked_than_its_header_claims(tmp_path, plain):
+    """A quarter of a gigabyte of zeros behind a whole scan."""
+    packer = zlib.compressobj(1, zlib.DEFLATED, 31)
+    path = tmp_path / "scan.nii.gz"
+    path.write_bytes(packer.compress(plain) + b"".join(packer.compress(bytes(2**20)) for _ in range(256)) + packer.flush())
+    tracemalloc.start()
+    assert outcome(path) == ""
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6
 
 
 @pytest.mark.parametrize("slope", [0.0, np.nan])
@@ -301,7 +331,6 @@ def test_a_folder_of_nothing_but_damage_is_listed(tmp_path):
 
 def test_a_deflated_bomb_is_refused_before_it_is_unpacked(tmp_path):
     import random
-    import tracemalloc
 
     folder = saved(tmp_path / "study", hostile_files.series(HU))
     (folder / "IM003").write_bytes(hostile_files._deflate_bomb(random.Random(0), bytearray()))

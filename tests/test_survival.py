@@ -27,10 +27,13 @@ def ran(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("verb", ["prepare", "generate", "evaluate"])
-def test_a_verb_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(verb):
-    said = ran("kills.py", "--trials", "3", "--kills", "3", "--seed", "1", "--verbs", verb)
-    assert "3 ended equal, 0 did not" in said
+@pytest.mark.parametrize(
+    ("verb", "trials", "kills"), [("prepare", 3, 3), ("train", 1, 10), ("generate", 3, 3), ("evaluate", 3, 3)]
+)
+def test_a_verb_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(verb, trials, kills):
+    """Training with bit-equal weights, of both stages and the polish."""
+    said = ran("kills.py", "--trials", str(trials), "--kills", str(kills), "--seed", "1", "--verbs", verb)
+    assert f"{trials} ended equal, 0 did not" in said
     assert not said.startswith(f"{verb}: 0 kills")
 
 

@@ -17,7 +17,7 @@ from ctvae.errors import CtvaeError
 from ctvae.ranks import leave
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
-_DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
+_DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -26,6 +26,7 @@ from ctvae.volume import Volume, plain_affine
 
 __all__ = ["Model", "Synthetic", "generate", "interpolate", "load", "packaged_models", "reconstruct", "vary"]
 DESCRIPTION = "SYNTHETIC CT made by ctvae, not a patient"
+MOST_DESCRIBED = 79  # letters in a NIfTI header
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,16 @@ class Synthetic:
         target = Path(path)
         if not nifti.is_nifti(target):
             raise InputError(f"{target}: a scan's name ends in .nii or .nii.gz")
-        nifti.write(target, self.volume, description=DESCRIPTION)
+        nifti.write(target, self.volume, description=described(self.provenance))
         files.write_json(sidecar(target), self.provenance)
         return target
+
+
+def described(provenance: Mapping[str, Any]) -> str:
+    """For a header, if its sidecar gets lost: synthetic, by which model (the first digits of its hash), which draw."""
+    text = f"{DESCRIPTION}; model {provenance['model_sha256'][:8]}"
+    drawn = f"{text} seed {provenance['seed']} index {provenance['index']}" if "seed" in provenance else text
+    return drawn if len(drawn) <= MOST_DESCRIBED else text  # rather than a number cut short
 
 
 def sidecar(path: Path) -> Path:
@@ -262,4 +270,3 @@ def _distances(volume: Volume, scan: Volume, plain: Volume, window_hu: tuple[flo
 def _hash(scan: Scan) -> str:
     """Of the source file, so that a variation can be traced by who holds the scan and by nobody else."""
     return file_hash(scan.path) if scan.path.is_file() else "dicom"
-

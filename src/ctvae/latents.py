@@ -25,9 +25,9 @@ from ctvae.device import batch_indices, generator
 from ctvae.errors import ModelError
 from ctvae.shards import Rows, blocks, opened
 
-MOST_SHARD_BYTES = 2**26
-BLOCK_NUMBERS = 2**22  # that are looked at at a time
-MOST_FITTED = 2000  # rows that a closed form is fitted to
+MOST_SHARD_BYTES = 2**24  # a writer holds three times as much
+BLOCK_NUMBERS = 2**20  # that are looked at at a time
+MOST_FITTED = 1000  # rows that a closed form is fitted to
 MOST_FITTED_NUMBERS = 2**29  # in all of them: 2 GiB in float32, 512 groups of 64 x 512 x 512
 LARGE = ("means", "logvars")
 

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import svd
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
@@ -32,6 +31,7 @@ MOST_COORDINATES = 64
 MOST_COMPONENTS = 8
 VOLUMES_PER_COMPONENT = 10  # below this a component can settle on one volume and memorise it
 VARIANCE_FLOOR = 1e-4  # of each component, relative to the leading coordinate's variance
+BLOCK_NUMBERS = 2**20  # of all volumes, that are in float64 at a time: 8 MiB
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class GaussianPrior:
     @classmethod
     def fit(cls, means: Floats, variances: Floats) -> GaussianPrior:
         """Posterior `means` and `variances` [N *latent_shape] of N training volumes; exact at any N."""
-        mean, stds, directions = _principal_directions(means)
-        factors = stds[:, None] * directions  # [R P]
+        axes = _Axes.of(means)
+        factors = axes.directions(axes.stds)  # [R P]
         return cls(
-            mean=mean.reshape(means.shape[1:]),
+            mean=axes.mean.reshape(means.shape[1:]),
             factors=factors.reshape(-1, *means.shape[1:]),
             rest=variances.mean(axis=0, dtype=np.float64).astype(np.float32),
         )
@@ -109,16 +109,15 @@ class MixturePrior:
         diagonal covariances, by the Bayesian information criterion (Schwarz 1978).
         """
         latent_shape = means.shape[1:]
-        mean, stds, directions = _principal_directions(means)
-        rank = _coordinates_needed(stds)
-        total = (stds[:, None] * directions) ** 2  # [N-1 P]
-        beyond = total[rank:].sum(axis=0, dtype=np.float64)  # variance of each number that the coordinates leave out
-        directions = directions[:rank]
-        coordinates = (means.reshape(len(means), -1) - mean) @ directions.T  # [N R]
-        weights, centres, choleskies = _fit_mixture(coordinates)
+        axes = _Axes.of(means)
+        axes = axes.first(_coordinates_needed(axes.stds))
+        directions = axes.directions(np.ones_like(axes.stds))  # [R P]
+        within = np.einsum("rp,rp,r->p", directions, directions, np.square(axes.stds))
+        beyond = (axes.variances() - within).clip(0)  # variance of each number that the coordinates leave out
+        weights, centres, choleskies = _fit_mixture(axes.coordinates)
         rest = variances.mean(axis=0, dtype=np.float64) + beyond.reshape(latent_shape)
         return cls(
-            mean=mean.reshape(latent_shape),
+            mean=axes.mean.reshape(latent_shape),
             directions=directions.reshape(-1, *latent_shape),
             rest=rest.astype(np.float32),
             weights=weights.astype(np.float32),
@@ -147,15 +146,64 @@ ClassicalPrior = NormalPrior | GaussianPrior | MixturePrior
 PRIORS: dict[str, type[ClassicalPrior]] = {"normal": NormalPrior, "gaussian": GaussianPrior, "mixture": MixturePrior}
 
 
-def _principal_directions(means: Floats) -> tuple[Floats, Floats, Floats]:
-    """Mean [P], standard deviations [R] (largest first) and orthonormal directions [R P] of the rows, R <= N - 1."""
-    rows = np.asarray(means, dtype=np.float32).reshape(len(means), -1)
-    mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
-    _, singular, directions = svd(rows - mean, full_matrices=False, overwrite_a=True)
-    noise_floor = singular[0] * max(rows.shape) * np.finfo(np.float32).eps
-    rank = min(len(rows) - 1, int((singular > noise_floor).sum()))  # centring takes one dimension away
-    stds = singular[:rank] / math.sqrt(max(1, len(rows) - 1))
-    return mean, stds, np.ascontiguousarray(directions[:rank])  # LAPACK's order would be scrambled by safetensors
+@dataclass(frozen=True)
+class _Axes:
+    """Principal axes of volumes, R <= N - 1 of them, the longest first.
+
+    By way of the N x N inner products, some numbers of all volumes at a time in float64. A singular value decomposition would
+    hold several copies of all volumes.
+    """
+
+    rows: Floats  # [N P]
+    mean: Floats  # [P]
+    lengths: Floats  # [R], singular values
+    shares: Floats  # [N R], orthonormal: of each volume in each axis
+
+    @classmethod
+    def of(cls, means: Floats) -> _Axes:
+        rows = np.asarray(means, dtype=np.float32).reshape(len(means), -1)
+        axes = cls(rows, rows.mean(axis=0, dtype=np.float64).astype(np.float32), np.empty(0), np.empty((len(rows), 0)))
+        products = np.zeros((len(rows), len(rows)))
+        for _, centred in axes._blocks():
+            products += centred @ centred.T
+        squares, shares = np.linalg.eigh(products)  # ascending
+        lengths = np.sqrt(squares[::-1].clip(0))
+        noise_floor = lengths[0] * max(rows.shape) * np.finfo(np.float32).eps
+        rank = min(len(rows) - 1, int((lengths > noise_floor).sum()))  # centring takes one dimension away
+        return replace(axes, lengths=lengths, shares=shares[:, ::-1]).first(rank)
+
+    def first(self, rank: int) -> _Axes:
+        return replace(self, lengths=self.lengths[:rank], shares=self.shares[:, :rank])
+
+    @property
+    def stds(self) -> Floats:
+        """[R] of the volumes along each axis."""
+        return self.lengths / math.sqrt(max(1, len(self.rows) - 1))
+
+    @property
+    def coordinates(self) -> Floats:
+        """[N R] of the volumes."""
+        return self.shares * self.lengths
+
+    def directions(self, lengths: Floats) -> Floats:
+        """[R P] along each axis, as long as `lengths` [R] say."""
+        weights = (self.shares * (lengths / self.lengths)).T  # [R N]
+        directions = np.empty((len(weights), self.rows.shape[1]), np.float32)
+        for numbers, centred in self._blocks():
+            directions[:, numbers] = weights @ centred
+        return directions
+
+    def variances(self) -> Floats:
+        """[P] of each number over the volumes."""
+        sums = [np.square(centred).sum(axis=0) for _, centred in self._blocks()]
+        return np.concatenate(sums) / max(1, len(self.rows) - 1)
+
+    def _blocks(self) -> Iterator[tuple[slice, Floats]]:
+        """Some numbers of all volumes, less their mean: [N p] in float64."""
+        step = max(1, BLOCK_NUMBERS // len(self.rows))
+        for start in range(0, self.rows.shape[1], step):
+            numbers = slice(start, start + step)
+            yield numbers, self.rows[:, numbers].astype(np.float64) - self.mean[numbers]
 
 
 def _coordinates_needed(stds: Floats) -> int:

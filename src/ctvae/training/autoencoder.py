@@ -120,6 +120,9 @@ def train_autoencoder(
     objective, fabric_optimizer = fabric.setup(goal, optimizer)
     tally = Tally(settings, ranks, meta)
     step, logged, held_out = start, start, HeldOut()
+    if start:  # what was seen of held-out groups, which a kill may have come before
+        with ema.applied_to(network):
+            held_out = validate(network, validation, run, cfg)
 
     def keep() -> None:
         checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds, "skipped_steps": tally.skipped})
