@@ -29,7 +29,7 @@ from ctvae.prepare import prepare
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "planner_accuracy.py"
 NO_KERNELS = SimpleNamespace(bytes_inside=lambda *_: 0)
 SIZE = (64, 128, 128)
-WHOLE = ("data.patch=null", "autoencoder.batch=1", "polish.enabled=false")  # of wavelet3d, where the recipe takes patches
+WHOLE = ("data.patch=null", "autoencoder.batch=1", "polish.enabled=false", "finish.enabled=false")  # of wavelet3d, where the recipe takes patches
 
 
 def config(method: str, size: tuple[int, int, int], *overrides: str):
@@ -41,7 +41,7 @@ def whole3d(tmp_path_factory) -> Iterator[str]:
     """A recipe that asks for WHOLE, so that these are not the user's own settings, which no plan changes."""
     folder = tmp_path_factory.mktemp("recipes")
     recipe = yaml.safe_load((RECIPES / "wavelet3d.yaml").read_text())
-    recipe |= {"data": {"patch": None}, "autoencoder": {"batch": 1}, "polish": {"enabled": False}}
+    recipe |= {"data": {"patch": None}, "autoencoder": {"batch": 1}, "polish": {"enabled": False}, "finish": {"enabled": False}}
     (folder / "whole3d.yaml").write_text(yaml.safe_dump(recipe))
     for path in RECIPES.glob("*.yaml"):
         shutil.copy(path, folder)

@@ -99,11 +99,12 @@ def weigh(method: str, source: Source, memory_gb: float | None = None, overrides
 def with_hours(found: Plan, hours: float) -> Plan:
     """`found` with steps that take `hours` on this machine, measured: it trains a few steps for real, of both stages.
 
-    The polish gets its share in minutes.
+    Polish and finish get their shares in minutes.
     """
     cfg = load_recipe(found.method, found.overrides)
     lengths = steps_for(cfg, hours)
-    lengths += [f"polish.minutes={60 * hours * shares(cfg, 'both')['polish']:.4g}"] if cfg.polish.enabled else []
+    timed = {name: share for name, share in shares(cfg, "both").items() if name in ("polish", "finish")}
+    lengths += [f"{name}.minutes={60 * hours * share:.4g}" for name, share in timed.items()]
     told = {key.replace(".", "_"): yaml.safe_load(text) for key, _, text in (setting.partition("=") for setting in lengths)}
     kept = [text for text in found.overrides if text.partition("=")[0] not in {text.partition("=")[0] for text in lengths}]
     return replace(found, overrides=(*kept, *lengths), plan={**found.plan, **told})
@@ -172,7 +173,7 @@ class Option:
 
 
 def options(cfg: Config, pinned: Collection[str] = (), stage: str | None = None) -> Iterator[Option]:
-    """Ways to need less in training the autoencoder and its polish, or `stage` of them, down to the least there is.
+    """Ways to need less in training the autoencoder, its polish and its finish, or `stage` of them, down to the least there is.
 
     A smaller batch is made up for by accumulation. What is in `pinned` of the batch is left alone; of the rest it is told.
     """
@@ -192,7 +193,7 @@ def options(cfg: Config, pinned: Collection[str] = (), stage: str | None = None)
 
 
 def next_smaller(cfg: Config, stage: str, pinned: Collection[str] = ()) -> Option | None:
-    """The first way for `stage` (autoencoder, polish or prior) to need less than `cfg` that changes nothing `pinned`."""
+    """The first way for `stage` (autoencoder, polish, finish or prior) to need less than `cfg` that changes nothing `pinned`."""
     if stage != "prior":
         found = (option for option in options(cfg, pinned, stage) if not _keys(option) & set(pinned))
     else:
@@ -220,7 +221,8 @@ def strides_override(cfg: Config, source: Source, pinned: Collection[str] = ()) 
 
 def _smaller_batches(cfg: Config, pinned: Collection[str], stage: str | None) -> Iterator[tuple[int, tuple[str, ...]]]:
     """The largest batch that is left, and the settings for it, from large to small; what is in `pinned` stays."""
-    known: dict[str, Training] = {"autoencoder": cfg.autoencoder} | ({"polish": cfg.polish} if cfg.polish.enabled else {})
+    known: dict[str, Training] = {"autoencoder": cfg.autoencoder}
+    known |= {name: getattr(cfg, name) for name in ("polish", "finish") if getattr(cfg, name).enabled}
     free = {
         name: section
         for name, section in known.items()

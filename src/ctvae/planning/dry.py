@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ctvae.checkpoint import EMA
 from ctvae.conditions import BUILT_IN
-from ctvae.config import Config, Model, Prior, Size3, Training, Wavelet3D
+from ctvae.config import Config, Finish, Model, Polish, Prior, Size3, Training, Wavelet3D
 from ctvae.device import generator
 from ctvae.latents import LatentCode, LatentSet, most_fitted
 from ctvae.models import build
@@ -28,7 +29,8 @@ from ctvae.models.discriminator import PatchDiscriminator
 from ctvae.models.wavelet3d import Wavelet3DVAE, halo
 from ctvae.planning.ledger import Ledger, dry_run, tensor_bytes, to_channels_last
 from ctvae.planning.workspace import Kernels
-from ctvae.training.autoencoder import VALIDATION_GROUPS, Objective
+from ctvae.training.autoencoder import VALIDATION_GROUPS, Objective, Reconstruction
+from ctvae.training.finish import FinishedPair, FinishObjective
 from ctvae.training.optimizer import build_optimizer
 from ctvae.training.polish import DecoderObjective, DiscriminatorObjective, Pair, build_judge
 from ctvae.training.prior import Conditioning, FlowObjective, build_velocity, fit_wiener, flow_batches
@@ -43,7 +45,7 @@ SVD_COPIES = 5  # of [groups x numbers] in float32: means, variances, centred ro
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """Of the autoencoder's training and its polish. `phases` are peaks; the rest says what the step's peak is made of."""
+    """Of the autoencoder's training, its polish and its finish. `phases` are peaks; the rest says what the step's peak is made of."""
 
     phases: dict[str, int]
     parameters: int  # how many
@@ -65,7 +67,7 @@ class TrainingCost:
 
 
 def training(cfg: Config, kernels: Kernels, make: Builder = build) -> TrainingCost:
-    """A step of `train_autoencoder` as it is after the first, what happens between steps, and then the polish.
+    """A step of `train_autoencoder` as it is after the first, what happens between steps, and then polish and finish.
 
     `make` builds another network than `cfg` describes (benchmarks/ablations.py). Raises DoesNotFit, ConfigError.
     """
@@ -108,17 +110,41 @@ def training(cfg: Config, kernels: Kernels, make: Builder = build) -> TrainingCo
             activations=activations,
             flops=flops,
         )
-    return replace(cost, phases={**phases, "polish": polish(cfg, kernels)}) if cfg.polish.enabled else cost
+    adversarial = {name: peak for name, peak in (("polish", polish), ("finish", finish)) if getattr(cfg, name).enabled}
+    return replace(cost, phases={**phases, **{name: peak(cfg, kernels) for name, peak in adversarial.items()}})
 
 
 def polish(cfg: Config, kernels: Kernels) -> int:
     """Peak of `polish_decoder`: a step as it is after the first, validation and saving."""
-    settings = cfg.polish
+
+    def draw(network: Wavelet3DVAE, pair: Pair, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return DecoderObjective(network, pair.discriminator, cfg)(x, generator(0, 0))
+
+    return _decoder_against_a_judge(cfg, cfg.polish, Pair, draw, kernels)
+
+
+def finish(cfg: Config, kernels: Kernels) -> int:
+    """Peak of `finish_decoder`, of which half of each batch has been drawn: a step, validation and saving."""
+    soft = Reconstruction(cfg.autoencoder, cfg.data.window_hu).soft
+
+    def draw(network: Wavelet3DVAE, pair: Pair, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert isinstance(pair, FinishedPair)
+        sizes = (size // step for size, step in zip(x.shape[2:], network.cfg.grid, strict=True))
+        drawn = torch.empty(len(x), network.cfg.latent_channels, *sizes)  # [B Z d h w]
+        return FinishObjective(network, pair, cfg)(x, drawn, generator(0, 0))
+
+    return _decoder_against_a_judge(cfg, cfg.finish, partial(FinishedPair, soft=soft), draw, kernels)
+
+
+def _decoder_against_a_judge(
+    cfg: Config, settings: Polish | Finish, make_pair: Callable[..., Pair],
+    draw: Callable[[Wavelet3DVAE, Pair, Tensor], tuple[Tensor, dict[str, Tensor]]], kernels: Kernels,
+) -> int:  # fmt: skip
     with dry_run(kernels) as ledger:
         network = _network(cfg, whole(cfg))
         assert isinstance(network, Wavelet3DVAE)
         network.encoder.requires_grad_(False)
-        pair = Pair(network.decoder, PatchDiscriminator(settings.discriminator_width))
+        pair = make_pair(network.decoder, PatchDiscriminator(settings.discriminator_width))
         to_channels_last(pair)
         ema = EMA(pair, settings.ema_decay)
         optimizers = [build_optimizer(pair.decoder, settings), build_judge(pair.discriminator, settings)]
@@ -130,7 +156,7 @@ def polish(cfg: Config, kernels: Kernels) -> int:
         x = torch.empty(settings.batch, 1, *step_shape(cfg))  # [B 1 D H W]
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
             pair.discriminator.requires_grad_(False)
-            y, terms = DecoderObjective(network, pair.discriminator, cfg)(x, generator(0, 0))
+            y, terms = draw(network, pair, x)
             sum(terms.values()).backward()
             pair.discriminator.requires_grad_(True)
             DiscriminatorObjective(pair.discriminator)(x, y.detach()).backward()

@@ -54,7 +54,7 @@ class Moments(nn.Module):
     def forward(self, fake: Tensor, real: Tensor) -> Tensor:  # [B 1 D H W] each
         """The loss. Means are those before these patches, so that nothing is pulled by itself alone."""
         values = statistics(fake, self.soft)
-        off = self.off() if self.seen >= FEWEST else torch.zeros_like(values)
+        off = torch.where(self.seen >= FEWEST, self.off(), 0.0)
         loss = (self.weights * off.clamp(-MOST_OFF, MOST_OFF) * values / self._spread()).sum()
         self._observe(values.detach(), statistics(real, self.soft).detach())
         return loss
@@ -67,7 +67,7 @@ class Moments(nn.Module):
         return (self.square - self.real.square()).clamp_min(0).sqrt().clamp_min(1e-4)
 
     def _observe(self, fake: Tensor, real: Tensor) -> None:
-        weight = max(1 - DECAY, 1 / (1 + self.seen.item()))
+        weight = (1 / (1 + self.seen)).clamp_min(1 - DECAY)
         for mean, value in ((self.fake, fake), (self.real, real), (self.square, real.square())):
             mean.lerp_(self.average(value), weight)
         self.seen += 1
