@@ -29,7 +29,9 @@ from ctvae.prepare import prepare
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "planner_accuracy.py"
 NO_KERNELS = SimpleNamespace(bytes_inside=lambda *_: 0)
 SIZE = (64, 128, 128)
-WHOLE = ("data.patch=null", "autoencoder.batch=1", "polish.enabled=false", "finish.enabled=false")  # of wavelet3d, where the recipe takes patches
+WHOLE = (  # of wavelet3d, where the recipe takes patches
+    "data.patch=null", "autoencoder.batch=1", "polish.enabled=false", "finish.enabled=false",
+)  # fmt: skip
 
 
 def config(method: str, size: tuple[int, int, int], *overrides: str):
@@ -266,20 +268,21 @@ def test_the_polish_is_part_of_it():
     """Of whole groups its step is the larger one where its batch is; a plan makes both batches smaller, and makes up for it."""
     asked = ("data.patch=null", "autoencoder.steps=10", "autoencoder.batch=1", "prior.batch=1")
     full = planner.weigh("wavelet3d", planner.Source(SIZE), 24, asked)
-    assert full.train_phases_gb["polish"] > 1.5 * full.train_phases_gb["step"]
+    assert full.train_phases_gb["finish"] > full.train_phases_gb["polish"] > 1.2 * full.train_phases_gb["step"]
     tight = planner.plan("wavelet3d", SIZE, full.train_peak_gb, asked)
     assert "planned with a batch of 1" in tight.note
     assert {"polish.batch=1", "polish.accumulate=3"} < set(tight.overrides)
     both = planner.options(load_recipe("wavelet3d", ["autoencoder.batch=4", "data.shape=[32,64,64]"]))
+    sharpened = ("polish.batch=1", "polish.accumulate=3", "finish.batch=1", "finish.accumulate=3")
     assert [(option.label, option.changes) for option in both][:2] == [
-        ("a batch of 2", ("autoencoder.batch=2", "autoencoder.accumulate=2", "polish.batch=1", "polish.accumulate=3")),
-        ("a batch of 1", ("autoencoder.batch=1", "autoencoder.accumulate=4", "polish.batch=1", "polish.accumulate=3")),
+        ("a batch of 2", ("autoencoder.batch=2", "autoencoder.accumulate=2", *sharpened)),
+        ("a batch of 1", ("autoencoder.batch=1", "autoencoder.accumulate=4", *sharpened)),
     ]
 
 
 def test_many_groups_need_memory_of_their_own_up_to_what_is_fitted_to():
     few, some, many, most = (planner.plan("wavelet3d", SIZE, 24, groups=groups) for groups in (6, 600, 1000, 100_000))
-    assert some.prior_phases_gb["fitting"] > 50 * few.prior_phases_gb["fitting"]  # a hundred times as many, all fitted to
+    assert some.prior_phases_gb["fitting"] > 20 * few.prior_phases_gb["fitting"]  # a hundred times as many, all fitted to
     assert most.prior_phases_gb["fitting"] < 2.1 * many.prior_phases_gb["fitting"]
     assert most.prior_phases_gb["flow"] == pytest.approx(few.prior_phases_gb["flow"], rel=0.1)
 

@@ -45,7 +45,7 @@ SVD_COPIES = 5  # of [groups x numbers] in float32: means, variances, centred ro
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """Of the autoencoder's training, its polish and its finish. `phases` are peaks; the rest says what the step's peak is made of."""
+    """Of the autoencoder's training, polish and finish. `phases` are peaks; the rest says what the step's peak is made of."""
 
     phases: dict[str, int]
     parameters: int  # how many
@@ -157,7 +157,7 @@ def _decoder_against_a_judge(
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
             pair.discriminator.requires_grad_(False)
             y, terms = draw(network, pair, x)
-            sum(terms.values()).backward()
+            torch.stack(list(terms.values())).sum().backward()
             pair.discriminator.requires_grad_(True)
             DiscriminatorObjective(pair.discriminator)(x, y.detach()).backward()
         nn.utils.clip_grad_norm_(pair.decoder.parameters(), settings.max_grad_norm)

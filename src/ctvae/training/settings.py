@@ -87,7 +87,7 @@ def settle(dataset: Dataset, folder: Path, asked: Asked) -> Settled:
 
 
 def smaller(settled: Settled, asked: Asked, stage: str) -> Settled | None:
-    """The next smaller plan for `stage` (autoencoder, polish, finish or prior), after its memory ran out; None where there is none."""
+    """The next smaller plan for `stage` of the recipe, after its memory ran out; None where there is none."""
     option = planner.next_smaller(settled.cfg, stage, asked.pinned)
     if option is None:
         return None

@@ -2,7 +2,7 @@
 
 They are copied into the run folder, so that it resumes without the model:
 
-    run/from/config.yaml, autoencoder.safetensors, prior-flow.safetensors
+    run/from/config.yaml, autoencoder.safetensors, prior-flow.safetensors, prior-normal.safetensors
 
 The autoencoder is taken over and, unless the prior alone is trained, goes on learning. The flow's network is taken over where its
 sizes are the same; what is fitted in closed form (scales, the Wiener filter) is fitted to the new latents.
@@ -28,8 +28,8 @@ from ctvae.errors import ConfigError, ModelError
 from ctvae.models import build
 from ctvae.runlog import Run
 
-AUTOENCODER, FLOW = "autoencoder.safetensors", "prior-flow.safetensors"
-FILES = ("config.yaml", AUTOENCODER, FLOW)
+AUTOENCODER, FLOW, NORMAL = "autoencoder.safetensors", "prior-flow.safetensors", "prior-normal.safetensors"
+FILES = ("config.yaml", AUTOENCODER, FLOW, NORMAL)
 TOLD = "condition.0.weight"  # of the flow's networks: the first layer that the conditions meet
 WEIGHTS_DECIDE = {  # settings that the weights fix
     "model": None,  # all but how they are computed with
@@ -87,10 +87,11 @@ def load_network(run: Run, network: nn.Module) -> None:
 
 
 def take_autoencoder(run: Run, cfg: Config, stage: str) -> None:
-    """The autoencoder to start from as the run's own, finished; to finish its decoder, the flow as well."""
-    flow = run.folder / "from" / FLOW
-    if stage == "finish" and flow.is_file():
-        save(run.folder / FLOW, *load(flow))
+    """The autoencoder to start from as the run's own, finished; to finish its decoder, the priors as well."""
+    priors = [name for name in (FLOW, NORMAL) if (run.folder / "from" / name).is_file()]
+    if stage == "finish" and priors:
+        for name in priors:
+            save(run.folder / name, *load(run.folder / "from" / name))
         run.finish_stage("prior", taken_from=run.state["from"])
     tensors, meta = load(run.folder / "from" / AUTOENCODER)
     assert cfg.data.shape is not None
