@@ -29,9 +29,10 @@ BINS = 81
 LAGS = (1, 2, 4)
 NEAR = 5  # voxels of the box about each voxel in which body is looked for
 SIZES = (1 + BINS, 6 * len(LAGS), 28)  # of the kinds of statistics
-MOST_OFF = 3.0  # spreads, beyond which nothing pulls harder
-DECAY = 0.97
-FEWEST = 5  # batches before anything is compared
+MOST_OFF = 2.0  # spreads, beyond which nothing pulls harder
+KEPT_REAL = 0.99  # of a running mean from batch to batch
+KEPT_FAKE = 0.9  # little: a pull that comes late drives the decoder back and forth, and in the end away
+FEWEST = 10  # batches before anything is compared
 
 
 class Moments(nn.Module):
@@ -67,9 +68,9 @@ class Moments(nn.Module):
         return (self.square - self.real.square()).clamp_min(0).sqrt().clamp_min(1e-4)
 
     def _observe(self, fake: Tensor, real: Tensor) -> None:
-        weight = (1 / (1 + self.seen)).clamp_min(1 - DECAY)
-        for mean, value in ((self.fake, fake), (self.real, real), (self.square, real.square())):
-            mean.lerp_(self.average(value), weight)
+        means = ((self.fake, fake, KEPT_FAKE), (self.real, real, KEPT_REAL), (self.square, real.square(), KEPT_REAL))
+        for mean, value, kept in means:
+            mean.lerp_(self.average(value), (1 / (1 + self.seen)).clamp_min(1 - kept))
         self.seen += 1
 
 
