@@ -262,7 +262,8 @@ class _Search:
         asked = load_recipe(self.method, base)
         tried = [(Option("the settings as they are", ()), dry.training(asked, self._kernels))]
         chosen = tried[0] if self._fits(tried[0][1].peak) else None
-        for option in options(asked, self._pinned) if chosen is None else ():
+        less = chosen is None and self._fits(tried[0][1].standing)  # or nothing in a step can help
+        for option in options(asked, self._pinned) if less else ():
             cfg = load_recipe(self.method, (*base, *option.changes))
             if not self._promising(cfg, asked, tried[0][1]):
                 continue
@@ -322,7 +323,7 @@ class _Search:
             device=this_device(),
             fits=fits,
             as_asked=fits and not option.changes and not changed,
-            note=self._note(tried, chosen) if fits or chosen is None else self._note_on_use(use, prior),
+            note=self._note(tried, chosen, max(prior.values())) if fits or chosen is None else self._note_on_use(use, prior),
             train_peak_gb=_gb(cost.peak),
             prior_peak_gb=_gb(max(prior.values())),
             encode_peak_gb=_gb(use.encoding),
@@ -362,14 +363,17 @@ class _Search:
 
     # --- in words --------------------------------------------------------------------------------------------------------
 
-    def _note(self, tried: list[tuple[Option, TrainingCost]], chosen: tuple[Option, TrainingCost] | None) -> str:
+    def _note(self, tried: list[tuple[Option, TrainingCost]], chosen: tuple[Option, TrainingCost] | None, prior: int) -> str:
         asked = tried[0][1].peak
         if chosen is tried[0]:
-            return f"fits: training needs {_amount(asked)} of {self.memory_gb:g}"
+            more = f", that of the prior {_amount(prior)}," if prior > asked else ""
+            return f"fits: training needs {_amount(asked)}{more} of {self.memory_gb:g}"
         need = self._need(asked)
         fitting = [f"{option.label} ({_amount(cost.peak)})" for option, cost in tried[1:] if self._fits(cost.peak)]
         if not fitting:
-            return f"{self.method} on {written(self.source.size)} {need}; {self._nearest_size(tried)}"
+            phase = max(tried[0][1].phases, key=lambda name: tried[0][1].phases[name])
+            where = "" if phase in ("step", "polish") else f" for {phase}"
+            return f"{self.method} on {written(self.source.size)} {need}{where}; {self._nearest_size(tried)}"
         note = f"{need}; fits with {' or '.join(fitting)}"
         if chosen is None:
             return f"{self.method} on {written(self.source.size)} {note}; leave out the --set that forbids it"
@@ -423,7 +427,7 @@ def _voxels(cfg: Config) -> int:
 def _chosen(cfg: Config, tile: Size3, prior_batch: int) -> dict[str, Any]:
     tiled = isinstance(cfg.model, Wavelet3D)
     return {
-        "whole_volume": cfg.data.patch is None,
+        "whole_volume": dry.step_shape(cfg) == dry.whole(cfg),
         "patch": cfg.data.patch,
         "batch": cfg.autoencoder.batch,
         "accumulate": cfg.autoencoder.accumulate,
