@@ -20,14 +20,14 @@ import psutil
 import torch
 import yaml
 
-from ctvae import files, intensity
+from ctvae import intensity
 from ctvae.config import Config, Size3, Training, Wavelet3D, load_recipe
 from ctvae.dataset import Dataset
 from ctvae.errors import ConfigError, DoesNotFit, InputError
 from ctvae.model import TILE_VOXELS
 from ctvae.planning import dry
 from ctvae.planning.dry import TrainingCost
-from ctvae.planning.report import Plan, as_yaml, flow
+from ctvae.planning.report import Plan, flow
 from ctvae.planning.sizes import parse_size, smaller, strides_for, written
 from ctvae.planning.workspace import Kernels
 from ctvae.runlog import MEMORY_SETTINGS
@@ -118,46 +118,6 @@ def machine_memory_gb() -> float:
 
 def this_device() -> Literal["cpu", "cuda"]:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-# --- plan.yaml -----------------------------------------------------------------------------------------------------------
-
-
-def write_plan(found: Plan, path: Path) -> None:
-    """Write plan.yaml. Raises InputError when it cannot be written."""
-    files.write_text(path, as_yaml(found))
-
-
-def plan_overrides(path: Path | str) -> list[str]:
-    """The settings of a plan.yaml as `key=value`, for `load_recipe`. Raises ConfigError, which names the file."""
-    tree = _read_plan(path)
-    overrides = [f"{key}={flow(value)}" for key, value in _settings(tree) if key != "method"]
-    load_recipe(str(tree["method"]), overrides, source=str(path))
-    return overrides
-
-
-def plan_method(path: Path | str) -> str:
-    """The method that a plan.yaml is for. Raises ConfigError."""
-    return str(_read_plan(path)["method"])
-
-
-def _read_plan(path: Path | str) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as a plan ({str(error).splitlines()[0]})") from error
-    if not isinstance(tree, dict) or "method" not in tree or not all(isinstance(key, str) for key in tree):
-        raise ConfigError(f"{path}: not a plan; it has a line `method: NAME` and lines `key: value` as for --set")
-    return tree
-
-
-def _settings(tree: dict[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys with their sections; those that a person wrote as sections, `autoencoder: {batch: 2}`, likewise."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _settings(value, f"{section}{key}.")
-        else:
-            yield f"{section}{key}", value
 
 
 # --- the search ----------------------------------------------------------------------------------------------------------
