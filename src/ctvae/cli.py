@@ -189,7 +189,7 @@ def plan(
 
     from ctvae import planner
     from ctvae.errors import DoesNotFit
-    from ctvae.planning import report
+    from ctvae.planning import planfile, report
     from ctvae.planning.sizes import parse_memory
 
     available_gb = parse_memory(memory) if memory else planner.machine_memory_gb()
@@ -207,7 +207,7 @@ def plan(
     if not found.fits:
         raise DoesNotFit(found.note)
     if out:
-        planner.write_plan(found, out)
+        planfile.write_plan(found, out)
     if not as_json:
         typer.echo(report.as_text(found))
 

@@ -338,9 +338,17 @@ def _first_problem(error: ValidationError, tree: Any) -> str:
     location = [str(part) for part in problem["loc"] if part not in _KINDS]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{nearest(location[-1], _fields_beside(location, tree))}"
+        return f"unknown key '{key}'{nearest(location[-1], _fields_beside(location, tree)) or _elsewhere(location[-1])}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" if key else message
+
+
+def _elsewhere(leaf: str) -> str:
+    """`, did you mean 'data.patch'?` where a section has a setting of that name, or nothing."""
+    sections = {name: field.annotation for name, field in Config.model_fields.items() if name != "model"}
+    found = [f"{name}.{leaf}" for name, section in sections.items() if leaf in getattr(section, "model_fields", {})]
+    found += [f"model.{leaf}"] if any(leaf in kind.model_fields for kind in _MODELS) else []
+    return f", did you mean '{found[0]}'?" if found else ""
 
 
 def _fields_beside(location: list[str], tree: Any) -> list[str]:

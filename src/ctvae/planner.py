@@ -20,14 +20,14 @@ import psutil
 import torch
 import yaml
 
-from ctvae import files, intensity
+from ctvae import intensity
 from ctvae.config import Config, Size3, Training, Wavelet3D, load_recipe
 from ctvae.dataset import Dataset
 from ctvae.errors import ConfigError, DoesNotFit, InputError
 from ctvae.model import TILE_VOXELS
 from ctvae.planning import dry
 from ctvae.planning.dry import TrainingCost
-from ctvae.planning.report import Plan, as_yaml, flow
+from ctvae.planning.report import Plan, flow
 from ctvae.planning.sizes import parse_size, smaller, strides_for, written
 from ctvae.planning.workspace import Kernels
 from ctvae.runlog import MEMORY_SETTINGS
@@ -119,46 +119,6 @@ def machine_memory_gb() -> float:
 
 def this_device() -> Literal["cpu", "cuda"]:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-# --- plan.yaml -----------------------------------------------------------------------------------------------------------
-
-
-def write_plan(found: Plan, path: Path) -> None:
-    """Write plan.yaml. Raises InputError when it cannot be written."""
-    files.write_text(path, as_yaml(found))
-
-
-def plan_overrides(path: Path | str) -> list[str]:
-    """The settings of a plan.yaml as `key=value`, for `load_recipe`. Raises ConfigError, which names the file."""
-    tree = _read_plan(path)
-    overrides = [f"{key}={flow(value)}" for key, value in _settings(tree) if key != "method"]
-    load_recipe(str(tree["method"]), overrides, source=str(path))
-    return overrides
-
-
-def plan_method(path: Path | str) -> str:
-    """The method that a plan.yaml is for. Raises ConfigError."""
-    return str(_read_plan(path)["method"])
-
-
-def _read_plan(path: Path | str) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as a plan ({str(error).splitlines()[0]})") from error
-    if not isinstance(tree, dict) or "method" not in tree or not all(isinstance(key, str) for key in tree):
-        raise ConfigError(f"{path}: not a plan; it has a line `method: NAME` and lines `key: value` as for --set")
-    return tree
-
-
-def _settings(tree: dict[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys with their sections; those that a person wrote as sections, `autoencoder: {batch: 2}`, likewise."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _settings(value, f"{section}{key}.")
-        else:
-            yield f"{section}{key}", value
 
 
 # --- the search ----------------------------------------------------------------------------------------------------------
@@ -264,7 +224,8 @@ class _Search:
         asked = load_recipe(self.method, base)
         tried = [(Option("the settings as they are", ()), dry.training(asked, self._kernels))]
         chosen = tried[0] if self._fits(tried[0][1].peak) else None
-        for option in options(asked, self._pinned) if chosen is None else ():
+        less = chosen is None and self._fits(tried[0][1].standing)  # or nothing in a step can help
+        for option in options(asked, self._pinned) if less else ():
             cfg = load_recipe(self.method, (*base, *option.changes))
             if not self._promising(cfg, asked, tried[0][1]):
                 continue
@@ -324,7 +285,7 @@ class _Search:
             device=this_device(),
             fits=fits,
             as_asked=fits and not option.changes and not changed,
-            note=self._note(tried, chosen) if fits or chosen is None else self._note_on_use(use, prior),
+            note=self._note(tried, chosen, max(prior.values())) if fits or chosen is None else self._note_on_use(use, prior),
             train_peak_gb=_gb(cost.peak),
             prior_peak_gb=_gb(max(prior.values())),
             encode_peak_gb=_gb(use.encoding),
@@ -364,14 +325,17 @@ class _Search:
 
     # --- in words --------------------------------------------------------------------------------------------------------
 
-    def _note(self, tried: list[tuple[Option, TrainingCost]], chosen: tuple[Option, TrainingCost] | None) -> str:
+    def _note(self, tried: list[tuple[Option, TrainingCost]], chosen: tuple[Option, TrainingCost] | None, prior: int) -> str:
         asked = tried[0][1].peak
         if chosen is tried[0]:
-            return f"fits: training needs {_amount(asked)} of {self.memory_gb:g}"
+            more = f", that of the prior {_amount(prior)}," if prior > asked else ""
+            return f"fits: training needs {_amount(asked)}{more} of {self.memory_gb:g}"
         need = self._need(asked)
         fitting = [f"{option.label} ({_amount(cost.peak)})" for option, cost in tried[1:] if self._fits(cost.peak)]
         if not fitting:
-            return f"{self.method} on {written(self.source.size)} {need}; {self._nearest_size(tried)}"
+            phase = max(tried[0][1].phases, key=lambda name: tried[0][1].phases[name])
+            where = "" if phase in ("step", "polish") else f" for {phase}"
+            return f"{self.method} on {written(self.source.size)} {need}{where}; {self._nearest_size(tried)}"
         note = f"{need}; fits with {' or '.join(fitting)}"
         if chosen is None:
             return f"{self.method} on {written(self.source.size)} {note}; leave out the --set that forbids it"
@@ -425,7 +389,7 @@ def _voxels(cfg: Config) -> int:
 def _chosen(cfg: Config, tile: Size3, prior_batch: int) -> dict[str, Any]:
     tiled = isinstance(cfg.model, Wavelet3D)
     return {
-        "whole_volume": cfg.data.patch is None,
+        "whole_volume": dry.step_shape(cfg) == dry.whole(cfg),
         "patch": cfg.data.patch,
         "batch": cfg.autoencoder.batch,
         "accumulate": cfg.autoencoder.accumulate,

@@ -61,6 +61,11 @@ class TrainingCost:
         return max(self.phases.values())
 
     @property
+    def standing(self) -> int:
+        """The peak of what no smaller step changes: whole groups that are looked at between steps, and saving."""
+        return max(self.phases["validation"], self.phases.get("saving", 0))
+
+    @property
     def workspace(self) -> int:
         """What the step's peak holds beside the named: gradients of activations, temporaries, kernels' workspace."""
         return max(0, self.phases["step"] - self.weights - self.gradients - self.optimizer - self.average - self.activations)

@@ -17,6 +17,7 @@ from ctvae import planner
 from ctvae.config import Config, Wavelet3D, load_config, load_recipe, with_overrides
 from ctvae.dataset import Dataset
 from ctvae.errors import ConfigError, DoesNotFit
+from ctvae.planning import planfile
 from ctvae.planning.sizes import written
 from ctvae.training import start
 from ctvae.training.groups import training_shape
@@ -67,7 +68,7 @@ def settle(dataset: Dataset, folder: Path, asked: Asked) -> Settled:
     begun = (folder / "config.yaml").exists()
     planned = _recorded(folder) if begun else _of_the_start(method, asked)
     if asked.plan is not None:
-        planned = _merged(planned, planner.plan_overrides(asked.plan))
+        planned = _merged(planned, planfile.plan_overrides(asked.plan))
         return _settled(dataset, method, planned, asked, f"settings from {asked.plan}")
     if begun and asked.memory_gb is None:
         return _settled(dataset, method, planned, asked, "")
@@ -144,7 +145,7 @@ def _of_the_start(method: str, asked: Asked) -> tuple[str, ...]:
 
 def _method(folder: Path, asked: Asked) -> str:
     if asked.plan is not None:
-        planned = planner.plan_method(asked.plan)
+        planned = planfile.plan_method(asked.plan)
         if asked.method not in (None, planned):
             raise ConfigError(f"{asked.plan}: is a plan for {planned}, not for {asked.method}; leave out --method")
         return planned
