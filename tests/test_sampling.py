@@ -13,6 +13,7 @@ import torch
 from ctvae import __main__, checkpoint, flow, nifti, slabs
 from ctvae.device import generator
 from ctvae.errors import ConfigError, CtvaeError, InputError
+from ctvae.export import export
 from ctvae.generate import generate, load, sidecar
 from ctvae.models.velocity import Velocity
 from ctvae.sampling import Sampling, refuse
@@ -187,6 +188,26 @@ def test_the_command_line_says_so_in_one_line(tiny_run, tmp_path, capsys):
         assert __main__.run(["generate", str(tiny_run), "--out", str(tmp_path), *wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_an_exported_model_draws_as_it_was_told(tiny_run, model, tmp_path, capsys):
+    settings = ["--set", "prior.autoguidance=1.3", "--set", "prior.sampling_steps=3"]
+    assert __main__.run(["export", str(tiny_run), "--out", str(tmp_path / "model"), *settings]) == 0
+    exported = load(tmp_path / "model")
+    told = exported.generate(seed=1).provenance
+    assert (told["autoguidance"], told["steps"], told["guidance"]) == (1.3, 3, model.cfg.prior.guidance)
+    assert (tmp_path / "model" / "config.yaml").read_text() != (tiny_run / "config.yaml").read_text()
+    assert exported.cfg.model == model.cfg.model
+    plain = export(tiny_run, tmp_path / "plain")
+    assert (plain / "config.yaml").read_bytes() == (tiny_run / "config.yaml").read_bytes()
+    capsys.readouterr()
+    for wrong in ("prior.steps=3", "prior.autoguidance=-1", "prior.autoguidance=.inf", "autoguidance=2", "prior.guidance"):
+        assert __main__.run(["export", str(tiny_run), "--out", str(tmp_path / "none"), "--set", wrong]) == 2
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1
+        names_those = "prior.sampling_steps, prior.guidance, prior.autoguidance" in said
+        assert names_those == (wrong in ("prior.steps=3", "autoguidance=2"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_prior_from_before_conditions_had_names_draws_the_same(tiny_run, tmp_path):

@@ -396,6 +396,10 @@ def export(
     model: ModelArgument,
     out: Out,
     card: Annotated[Path | None, typer.Option(help="Markdown file that goes along as README.md.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="How it draws, e.g. prior.autoguidance=1.3; repeatable."),
+    ] = None,
 ) -> None:
     """Make a small copy of a run to hand on.
 
@@ -405,7 +409,7 @@ def export(
     """
     from ctvae.export import export
 
-    typer.echo(export(model, out, card=card))
+    typer.echo(export(model, out, card=card, overrides=settings or []))
 
 
 @app.command()
