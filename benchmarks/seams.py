@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=160)
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--solver", default="heun")
+    parser.add_argument("--solver")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()

@@ -319,7 +319,7 @@ def test_options_arrive_as_they_were_typed(monkeypatch, capsys, generate_module)
     assert (code, out) == (0, "x/0.nii.gz\n")
     assert seen == {
         "model": "run", "out": Path("x"), "count": 7, "seed": 3, "prior": "normal", "steps": 9, "overwrite": False,
-        "solver": None, "guidance": None, "conditions": {}, "slices": None,
+        "solver": None, "guidance": None, "conditions": {}, "slices": None, "schedule": None, "autoguidance": None,
     }  # fmt: skip
 
 

@@ -131,3 +131,9 @@ def test_latents_come_back_from_their_file(tmp_path):
 def test_a_missing_latents_file_is_one_line(tmp_path):
     with pytest.raises(ModelError, match=r"latents\.safetensors: not a ctvae weights file or damaged"):
         LatentSet.load(tmp_path / "latents.safetensors")
+
+
+def test_latents_of_earlier_versions_tell_scans_apart():
+    still = torch.zeros(3, 1, 1, 1, 1)
+    old = LatentSet(still, still, torch.zeros(3, 3), ["a_b_0000", "a_b_0032", "c_12345"])
+    assert old.whose == ["a_b", "a_b", "c"]

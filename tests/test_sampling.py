@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from ctvae import __main__, checkpoint, flow, nifti, slabs
+from ctvae.device import generator
 from ctvae.errors import ConfigError, CtvaeError, InputError
+from ctvae.export import export
 from ctvae.generate import generate, load, sidecar
 from ctvae.models.velocity import Velocity
 from ctvae.sampling import Sampling, refuse
@@ -64,7 +66,7 @@ def test_a_longer_volume_is_one(model, tiny_run, tmp_path, told):
     assert volume.shape == (107, 32, 32)
     starts = slabs.covering(27, 16)
     assert (facts["slices"], len(facts["positions"])) == (107, len(starts))
-    assert len(told) == len(starts) * flow.evaluations("heun", 2) * 2  # with and without the conditions, for guidance
+    assert len(told) == len(starts) * flow.evaluations("ab2", 2) * 2  # with and without the conditions, for guidance
     assert model.generate(seed=3, slices=107).provenance == facts
     generate(tiny_run, tmp_path, count=1, seed=3, slices=107)
     assert "--slices" in refused(InputError, generate, tiny_run, tmp_path, count=1, seed=3, slices=108)
@@ -101,22 +103,68 @@ def test_positions_follow_the_scans_length_in_mm(model):
 
 
 def test_solver_guidance_and_steps_are_what_is_asked(tiny_run, model, tmp_path, told):
-    path = generate(tiny_run, tmp_path, count=1, steps=3, solver="ab2", guidance=1.0)[0]
-    assert len(told) == 4
+    asked = {"steps": 3, "solver": "heun", "schedule": "equal", "guidance": 1.0}
+    path = generate(tiny_run, tmp_path, count=1, **asked)[0]
+    assert len(told) == 6
     facts = json.loads(sidecar(path).read_text())
-    assert (facts["steps"], facts["solver"], facts["guidance"], facts["asked"]) == (3, "ab2", 1.0, {})
-    assert "--solver" in refused(InputError, generate, tiny_run, tmp_path, count=1, steps=3, guidance=1.0)
-    del facts["solver"], facts["guidance"], facts["asked"], facts["slices"]  # as sidecars were before they said so
-    sidecar(path).write_text(json.dumps({**facts, "steps": 2}))
-    generate(tiny_run, tmp_path, count=1)
+    assert {**facts, **asked, "autoguidance": 1.0, "asked": {}} == facts
+    for other in ("solver", "schedule", "guidance"):
+        rest = {name: value for name, value in asked.items() if name != other}
+        assert f"--{other}" in refused(InputError, generate, tiny_run, tmp_path, count=1, **rest)
+    assert "--autoguidance" in refused(InputError, generate, tiny_run, tmp_path, count=1, **asked, autoguidance=1.1)
+
+
+def test_a_folder_of_an_earlier_version_is_gone_on_with_by_its_solver_alone(tiny_run, tmp_path):
+    """Sidecars did not say the schedule, and before that neither solver nor guidance: it was Heun's method with equal steps."""
+    asked = {"solver": "heun", "schedule": "equal"}
+    path = generate(tiny_run, tmp_path, count=1, **asked)[0]
+    facts = json.loads(sidecar(path).read_text())
+    for unsaid in (("schedule", "autoguidance"), ("solver", "guidance", "asked", "slices")):
+        for name in unsaid:
+            del facts[name]
+        sidecar(path).write_text(json.dumps(facts))
+        generate(tiny_run, tmp_path, count=1, **asked)
+        assert "--schedule" in refused(InputError, generate, tiny_run, tmp_path, count=1)
+
+
+def test_autoguidance_leads_away_from_the_gaussian(model, told):
+    """Weights of 0 leave the velocity without conditions and the Gaussian; halves of both are their mean."""
+
+    def drawn(**weights: float) -> torch.Tensor:
+        return model.draw("flow", 3, 0, asked=Sampling(steps=1, solver="euler", **weights)).latent
+
+    plain, gaussian = drawn(guidance=1.0), drawn(guidance=1.0, autoguidance=0.0)
+    with torch.no_grad():
+        prior, x0 = model._flow, noise_of(model, 3)
+        linear = prior.network.linear(x0, torch.zeros(1))
+    torch.testing.assert_close(gaussian, prior.code.decode(x0 + linear))
+    torch.testing.assert_close(drawn(guidance=1.0, autoguidance=1.5), plain + 0.5 * (plain - gaussian))
+    unconditional = drawn(guidance=0.0)
+    both = drawn(guidance=1.5, autoguidance=1.5)
+    torch.testing.assert_close(both, plain + 0.5 * (plain - unconditional) + 0.5 * (plain - gaussian))
+    evaluations = len(told)
+    drawn(guidance=1.0, autoguidance=2.0)
+    assert len(told) == evaluations + 1, "the network itself is asked no more often"
+
+
+def noise_of(model, seed: int) -> torch.Tensor:
+    """What `draw` starts from."""
+    random = generator(seed, 0, stream=11)
+    model._flow.known.pick(random, {})
+    return torch.randn((1, *model.network.latent_shape), generator=random)
 
 
 @pytest.mark.parametrize(
     ("asked", "error", "said"),
     [
-        ({"solver": "hein"}, ConfigError, "solver 'hein': no such, did you mean 'heun'?"),
+        ({"solver": "hein"}, ConfigError, "solver 'hein': no such, did you mean 'heun'? (known: ab2, heun, euler)"),
         ({"guidance": -1.0}, ConfigError, "guidance -1.0"),
         ({"guidance": math.nan}, ConfigError, "guidance nan"),
+        ({"autoguidance": -0.1}, ConfigError, "autoguidance -0.1: 0 or more; 1 is none"),
+        ({"autoguidance": math.inf}, ConfigError, "autoguidance inf"),
+        ({"autoguidance": math.nan}, ConfigError, "autoguidance nan"),
+        ({"schedule": "even"}, ConfigError, "schedule 'even': no such"),
+        ({"autoguidance": 1.5, "prior": "normal"}, InputError, "prior 'normal' knows no --autoguidance"),
         ({"steps": 0}, ConfigError, "steps 0: at least 1"),
         ({"slices": 1}, InputError, "slices 1: a volume has at least 2"),
         ({"slices": 65, "prior": "normal"}, InputError, "up to 64, as the prior 'normal' draws single groups"),
@@ -135,10 +183,31 @@ def test_vector_latents_are_one_group_long():
 
 
 def test_the_command_line_says_so_in_one_line(tiny_run, tmp_path, capsys):
-    for wrong in (["--slices", "1"], ["--solver", "rk4"], ["--guidance", "-1"], ["--condition", "position=7"]):
+    wrong_numbers = (["--slices", "1"], ["--guidance", "-1"], ["--autoguidance", "inf"], ["--condition", "position=7"])
+    for wrong in (*wrong_numbers, ["--solver", "rk4"], ["--schedule", "even"]):
         assert __main__.run(["generate", str(tiny_run), "--out", str(tmp_path), *wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_an_exported_model_draws_as_it_was_told(tiny_run, model, tmp_path, capsys):
+    settings = ["--set", "prior.autoguidance=1.3", "--set", "prior.sampling_steps=3"]
+    assert __main__.run(["export", str(tiny_run), "--out", str(tmp_path / "model"), *settings]) == 0
+    exported = load(tmp_path / "model")
+    told = exported.generate(seed=1).provenance
+    assert (told["autoguidance"], told["steps"], told["guidance"]) == (1.3, 3, model.cfg.prior.guidance)
+    assert (tmp_path / "model" / "config.yaml").read_text() != (tiny_run / "config.yaml").read_text()
+    assert exported.cfg.model == model.cfg.model
+    plain = export(tiny_run, tmp_path / "plain")
+    assert (plain / "config.yaml").read_bytes() == (tiny_run / "config.yaml").read_bytes()
+    capsys.readouterr()
+    for wrong in ("prior.steps=3", "prior.autoguidance=-1", "prior.autoguidance=.inf", "autoguidance=2", "prior.guidance"):
+        assert __main__.run(["export", str(tiny_run), "--out", str(tmp_path / "none"), "--set", wrong]) == 2
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1
+        names_those = "prior.sampling_steps, prior.guidance, prior.autoguidance" in said
+        assert names_those == (wrong in ("prior.steps=3", "autoguidance=2"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_prior_from_before_conditions_had_names_draws_the_same(tiny_run, tmp_path):

@@ -39,13 +39,14 @@ def numbers(count: int = COUNT, shape: tuple[int, ...] = SHAPE) -> LatentSet:
     logvars = torch.randn(count, *shape, generator=random) - 2
     told, scan_mm = torch.rand(count, 4, generator=random), torch.rand(count, generator=random)
     groups = [f"g{i // 2}" for i in range(count)]
-    return LatentSet(means.half(), logvars.half(), told, groups, ("a", "b", "c", "d"), scan_mm)
+    patients = [f"p{i // 4}" for i in range(count)]
+    return LatentSet(means.half(), logvars.half(), told, groups, ("a", "b", "c", "d"), scan_mm, patients)
 
 
 def on_disk(latents: LatentSet, folder: Path, rows: int, monkeypatch) -> LatentSet:
     """In shards of `rows` rows, written three at a time, as three processes would."""
     monkeypatch.setattr(module, "MOST_SHARD_BYTES", rows * 2 * 2 * math.prod(latents.shape))
-    writer = Writer(folder, latents.groups, latents.scan_mm, latents.names, "it")
+    writer = Writer(folder, latents.groups, latents.scan_mm, latents.names, "it", latents.patients)
     assert writer.begun() == 0
     for start in range(0, len(latents), 3):
         part = slice(start, start + 3)
@@ -65,6 +66,7 @@ def test_rows_on_disk_are_those_in_memory(stored, tmp_path):
     assert (len(stored), stored.shape, stored.names, stored.groups) == (COUNT, SHAPE, latents.names, latents.groups)
     assert torch.equal(stored.conditions, latents.conditions)
     assert torch.equal(stored.scan_mm, latents.scan_mm)
+    assert stored.whose == latents.patients
     for name in ("means", "logvars"):
         ours, theirs = getattr(stored, name), getattr(latents, name)
         for rows in ([22, 0, 7, 7, -1], slice(4, 15), slice(None), [], slice(20, 99)):
@@ -73,7 +75,7 @@ def test_rows_on_disk_are_those_in_memory(stored, tmp_path):
         assert torch.equal(one, other)
     chosen = stored.chosen([3, 20, 5]).chosen([2, 0])
     assert torch.equal(chosen.means[:], latents.means[[5, 3]])
-    assert chosen.groups == ["g2", "g1"]
+    assert (chosen.groups, chosen.whose) == (["g2", "g1"], ["p1", "p0"])
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])
@@ -157,7 +159,7 @@ def test_the_nearest_group_is_the_nearest_of_all(stored, many, monkeypatch):
     near = Known(code, stored)
     assert (near._held is None) == many
     expected = (rows[:, None] - known).square().sum(2).sqrt().amin(1)
-    torch.testing.assert_close(near.nearest(rows), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(near.closeness(rows)[:, 0], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_shards_that_are_not_all_there_are_named(stored, tmp_path):
@@ -201,7 +203,7 @@ def groups_of(count: int) -> SimpleNamespace:
         return torch.randn(1, 4, 6, 8, generator=random), 1.05
 
     place = {"position": 0.5, "spacing_mm": (1.0, 1.0, 2.0), "shape": (4, 6, 8)}
-    groups = [SimpleNamespace(id=f"g{n}", first_slice=n, **place) for n in range(count)]
+    groups = [SimpleNamespace(id=f"g{n}", patient=f"p{n // 2}", first_slice=n, **place) for n in range(count)]
     shown = lambda index: torch.full((1, 4, 6, 8), float(index)) + torch.arange(8.0)  # noqa: E731
     return SimpleNamespace(groups=groups, plain=shown, turned=turned, __len__=lambda: count)
 
@@ -220,6 +222,7 @@ def test_encoding_that_was_killed_goes_on_and_ends_the_same(tmp_path, monkeypatc
     files = sorted((tmp_path / "through").iterdir())
     assert len(files) == 5
     assert [path.read_bytes() for path in files] == [path.read_bytes() for path in sorted((tmp_path / "killed").iterdir())]
+    assert LatentSet.load(tmp_path / "killed").plain().whose == [f"p{n // 2}" for n in range(8)]
     assert LatentSet.load(tmp_path / "killed").means[[0, 3, 6]][:, 0, 0, 0, 0].tolist() == [0.5, 1.5, 2.5]
 
 

@@ -71,7 +71,7 @@ def test_positions_advance_as_the_slabs_do():
     expected = fields((0.5 + torch.arange(-14.5, 15) / 100)[None])
 
     def made(where: list[float]) -> torch.Tensor:
-        return flow.sample(slabs.joint([ramp(place) for place in where], starts, 8), x0, 200)
+        return flow.sample(slabs.joint([ramp(place) for place in where], starts, 8), x0, flow.times(250))
 
     torch.testing.assert_close(made(places), expected + S * x0, rtol=0, atol=2e-4)
     assert (made([0.5] * len(starts)) - expected - S * x0).abs().max() > 0.05, "told one position, the slope is lost"
@@ -87,7 +87,7 @@ def change(starts: list[int], depth: int, total: int) -> torch.Tensor:
     factors = torch.linalg.cholesky(covariance - 1e-4 * torch.eye(depth)).T.contiguous()
     own = WienerVelocity(torch.zeros(depth), factors, torch.full((depth,), 1e-4))
     velocity = slabs.joint([own] * len(starts), starts, depth)
-    matrix = flow.sample(velocity, fields(torch.eye(total)), 32)[:, 0, :, 0, 0]
+    matrix = flow.sample(velocity, fields(torch.eye(total)), flow.times(32, "equal"), "heun")[:, 0, :, 0, 0]
     found = matrix.T @ matrix
     squares = found.diag()[1:] + found.diag()[:-1] - 2 * found.diag(1)
     return squares / (2 * (1 - CORRELATION))

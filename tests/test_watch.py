@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from ctvae import latents as latents_module
 from ctvae.checkpoint import Best
 from ctvae.config import load_recipe
+from ctvae.evaluation.memorization import closeness
 from ctvae.latents import LatentCode, LatentSet
 from ctvae.runlog import Run
+from ctvae.training import watch as module
 from ctvae.training.prior import Conditioning, Data, build_velocity, fit_wiener, flow_batches, train_flow
-from ctvae.training.watch import SAMPLES, Seen, Watch, coordinates
+from ctvae.training.watch import SAMPLES, Known, Seen, Watch, coordinates
 from ctvae.wiener import WienerVelocity
 
 SHAPE = (2, 2, 4, 4)
@@ -35,11 +38,27 @@ def latents(count: int, seed: int) -> LatentSet:
 
 @pytest.fixture
 def watch() -> Watch:
-    training, held_out = latents(60, 1), latents(40, 2)
+    return watching(latents(60, 1), latents(40, 2))
+
+
+def watching(training: LatentSet, held_out: LatentSet) -> Watch:
     code = LatentCode.fit(training)
     rows = code.encode(training.means.float()).flatten(1)
     wiener = WienerVelocity.fit(rows, torch.zeros(64), rank=6)
     return Watch(code, wiener, training, held_out, held_out.conditions, seed=0)
+
+
+def rough(count: int, seed: int) -> Tensor:
+    """[count *SHAPE] of N(0, I): as far from each other as from anything else."""
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def overlapping(patients: int, seed: int, noise: float = 0.1) -> LatentSet:
+    """Two scans of each patient, four groups of each scan: all eight nearly the same."""
+    means = rough(patients, seed).repeat_interleave(8, 0) + noise * rough(8 * patients, seed + 100)
+    groups = [f"s{i // 4}_{i % 4:04d}" for i in range(len(means))]
+    owners = [f"p{i // 8}" for i in range(len(means))]
+    return LatentSet(means, torch.full_like(means, -4), torch.zeros(len(means), 3), groups, patients=owners)
 
 
 class Still(torch.nn.Module):
@@ -63,8 +82,7 @@ def key(x: Tensor) -> float:
 
 def seen_of(watch: Watch, raw: Tensor) -> tuple[float, float]:
     """`raw` [S *SHAPE] in the latents' own units, as if a network had drawn it."""
-    training = latents(60, 1)
-    seen = watch.look(Still(watch, LatentCode.fit(training).encode(raw)), "fp32")
+    seen = watch.look(Still(watch, watch.known.code.encode(raw)), "fp32")
     return seen.distance, seen.copies
 
 
@@ -83,6 +101,44 @@ def test_copies_of_training_groups_are_counted(watch):
     copies = training.posterior_sample(list(range(12)), torch.Generator().manual_seed(0))
     _, share = seen_of(watch, torch.cat((copies, drawn(SAMPLES - 12, seed=3))))
     assert share == pytest.approx(12 / SAMPLES, abs=2 / SAMPLES)
+
+
+def test_copies_are_found_beside_other_groups_of_their_patient():
+    training = overlapping(30, 1)
+    copies = training.means[::20] + 0.3 * rough(12, 5)
+    samples = torch.cat((copies, rough(SAMPLES - 12, 3)))
+    _, share = seen_of(watching(training, overlapping(12, 2)), samples)
+    assert share == pytest.approx(12 / SAMPLES, abs=1 / SAMPLES)
+
+
+def test_smooth_samples_are_no_copies():
+    """Half as large, they are nearer to training groups than held-out groups are, but to no one in particular."""
+    watch = watching(overlapping(30, 1), overlapping(40, 2))
+    smooth = 0.5 * rough(SAMPLES, 3)
+    distance, _ = watch.known.closeness(watch.known.code.encode(smooth).flatten(1)).T
+    assert (distance < watch.limits[0]).float().mean() > 0.9
+    assert seen_of(watch, smooth)[1] < 2 / SAMPLES
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("patients", [3, 30])
+def test_closeness_is_the_reports(in_memory, patients, monkeypatch):
+    """`evaluation/memorization.py` sorts all distances at once; here there are blocks and parts that cut patients up."""
+    monkeypatch.setattr(latents_module, "BLOCK_NUMBERS", 7 * 64)
+    monkeypatch.setattr(module, "MOST_DISTANCES", 40 * 5)
+    monkeypatch.setattr(module, "MOST_HELD_NUMBERS", 2**26 if in_memory else 0)
+    training, rows = overlapping(patients, 1, noise=0.8), rough(40, 2).flatten(1)
+    training = training.chosen(torch.randperm(len(training), generator=torch.Generator().manual_seed(0)).tolist())
+    known = Known(LatentCode({"shift": torch.zeros(2), "scale": torch.ones(2)}), training)
+    expected = closeness(rows.numpy(), training.means.flatten(1).numpy(), training.whose)
+    distance, ratio = known.closeness(rows).T
+    torch.testing.assert_close(distance.double(), torch.from_numpy(expected.distance).double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ratio.double(), torch.from_numpy(expected.ratio).double(), rtol=1e-4, atol=1e-4)
+
+
+def test_one_patient_is_near_to_nobody_in_particular():
+    known = Known(LatentCode({"shift": torch.zeros(2), "scale": torch.ones(2)}), overlapping(1, 1))
+    assert known.closeness(rough(3, 2).flatten(1))[:, 1].tolist() == [1.0] * 3
 
 
 def test_the_same_network_looks_the_same_twice(watch):

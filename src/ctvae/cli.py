@@ -234,11 +234,19 @@ def generate(
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps of the flow. [default: the model's]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")] = False,
     solver: Annotated[
-        Literal["heun", "euler", "ab2"] | None,
-        typer.Option(help="heun: two evaluations a step; euler, ab2: one. [default: heun]"),
+        Literal["ab2", "heun", "euler"] | None,
+        typer.Option(help="ab2, euler: one evaluation a step; heun: two. [default: ab2]"),
+    ] = None,
+    schedule: Annotated[
+        Literal["logit", "equal"] | None,
+        typer.Option(help="Steps that are short near both ends, or equal ones. [default: logit]"),
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(min=0, help="How much to lean on the conditions; 1: none. [default: the model's]")
+    ] = None,
+    autoguidance: Annotated[
+        float | None,
+        typer.Option(min=0, help="How far to lead away from the flow's own Gaussian; 1: none. [default: the model's]"),
     ] = None,
     condition: Annotated[
         list[str] | None,
@@ -260,7 +268,7 @@ def generate(
 
     paths = generate(
         model, out, count=count, seed=seed, prior=prior, steps=steps, overwrite=overwrite, solver=solver, guidance=guidance,
-        conditions=_conditions(condition or []), slices=slices,
+        conditions=_conditions(condition or []), slices=slices, schedule=schedule, autoguidance=autoguidance,
     )  # fmt: skip
     for path in paths if is_first() else ():
         typer.echo(path)
@@ -399,6 +407,10 @@ def export(
     model: ModelArgument,
     out: Out,
     card: Annotated[Path | None, typer.Option(help="Markdown file that goes along as README.md.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="How it draws, e.g. prior.autoguidance=1.3; repeatable."),
+    ] = None,
 ) -> None:
     """Make a small copy of a run to hand on.
 
@@ -408,7 +420,7 @@ def export(
     """
     from ctvae.export import export
 
-    typer.echo(export(model, out, card=card))
+    typer.echo(export(model, out, card=card, overrides=settings or []))
 
 
 @app.command()

@@ -227,8 +227,9 @@ class Prior(Training):
     looks: int = Field(4, ge=0, description="times that samples are drawn while the flow trains, and judged by held-out groups")
     patience: int = Field(2, ge=1, description="the flow stops after this many looks in a row that were worse than the best")
     shard: bool = Field(False, description="cut the network up over the processes of torchrun: each trains and holds its share")
-    sampling_steps: int = Field(25, ge=1, le=10_000, description="Heun steps at generation; two evaluations each")
-    guidance: float = Field(1.5, ge=0, description="classifier-free guidance by the conditions; 1: none")
+    sampling_steps: int = Field(20, ge=1, le=10_000, description="steps of the solver at generation, whichever solver it is")
+    guidance: float = Field(1.5, ge=0, allow_inf_nan=False, description="classifier-free guidance by the conditions; 1: none")
+    autoguidance: float = Field(1.0, ge=0, allow_inf_nan=False, description="guidance away from the Gaussian; 1: none")
     null_probability: float = Field(0.1, ge=0, le=1, description="share of steps that hide the conditions")
     columns: tuple[str, ...] | None = Field(None, description="of the table given with --conditions; none: all of them")
 

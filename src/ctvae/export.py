@@ -10,6 +10,7 @@ single scans where there are hardly more groups than directions.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,26 +18,30 @@ from torch import Tensor
 
 from ctvae import checkpoint, files
 from ctvae.conditions import rounded
-from ctvae.errors import InputError
-from ctvae.model import open_model
+from ctvae.config import dump_config, with_overrides
+from ctvae.errors import ConfigError, InputError
+from ctvae.model import Model, open_model
 
 PRIORS = ("flow", "normal")  # the fitted ones hold whole training latents
 NETWORKS = ("flow.",)
 OF_GROUPS = ("conditions.known", "conditions.scan_mm")
+SETTABLE = ("prior.sampling_steps", "prior.guidance", "prior.autoguidance")  # the rest describes what was trained
 
 
-def export(run: Path | str, out: Path | str, *, card: Path | str | None = None) -> Path:
+def export(run: Path | str, out: Path | str, *, card: Path | str | None = None, overrides: Sequence[str] = ()) -> Path:
     """Write the run's averaged weights in float16 to `out`, which `ctvae generate` and the others take as MODEL.
 
-    `card` is a Markdown file that is copied beside them as README.md. Raises ModelError for an unfinished run, InputError
-    where `out` is not empty or the card is missing.
+    `card` is a Markdown file that is copied beside them as README.md. `overrides` are SETTABLE ones, such as
+    `prior.autoguidance=1.3`, by which the exported model draws where nothing else is asked. Raises ModelError for an unfinished
+    run, ConfigError for other overrides, InputError where `out` is not empty or the card is missing.
     """
     model, folder = open_model(run), Path(out)
+    settings = _settings(model, overrides)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: is not empty; choose another folder")
     if card is not None and not Path(card).is_file():
         raise InputError(f"{card}: no such file; --card names a Markdown file")
-    files.write_text(folder / "config.yaml", (model.folder / "config.yaml").read_text())
+    files.write_text(folder / "config.yaml", settings)
     tensors, meta = checkpoint.load(model.folder / "autoencoder.safetensors")
     checkpoint.save(folder / "autoencoder.safetensors", {name: _half(value) for name, value in tensors.items()}, meta)
     for prior in PRIORS:
@@ -47,6 +52,16 @@ def export(run: Path | str, out: Path | str, *, card: Path | str | None = None) 
     if card is not None:
         shutil.copyfile(card, folder / "README.md")
     return folder
+
+
+def _settings(model: Model, overrides: Sequence[str]) -> str:
+    """The model's config.yaml with `overrides`, as it is without any."""
+    for key in (override.partition("=")[0] for override in overrides):
+        if key not in SETTABLE:
+            raise ConfigError(f"--set {key}: describes what was trained; an exported model can be given {', '.join(SETTABLE)}")
+    if not overrides:
+        return (model.folder / "config.yaml").read_text()
+    return dump_config(with_overrides(model.cfg, overrides))
 
 
 def _smaller(name: str, value: Tensor) -> Tensor:

@@ -7,12 +7,15 @@ Sampling solves dx/dt = velocity(x, t) from t = 0 to t = 1. Shapes: x [B ...], t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-SOLVERS = ("heun", "euler", "ab2")
+SOLVERS = ("ab2", "heun", "euler")  # the default first
+SCHEDULES = ("logit", "equal")
+STRETCH, SHIFT = 1.5, 0.5  # of the schedule `logit`, by measurement (benchmarks/results.md)
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B ...], t [B]) -> velocity [B ...]
 
 
@@ -48,38 +51,58 @@ def matching_loss(velocity: Velocity, x0: Tensor, x1: Tensor, t: Tensor, mean: T
     return error.square().flatten(1).mean(1)
 
 
-def sample(velocity: Velocity, x0: Tensor, steps: int, solver: str = "heun") -> Tensor:
-    """Noise x0 [B ...] at t = 0 -> data at t = 1, in `steps` equal steps of one of SOLVERS.
+def times(steps: int, schedule: str = SCHEDULES[0]) -> list[float]:
+    """The ends of `steps` steps from t = 0 to t = 1, by one of SCHEDULES, from s = 0, 1 / steps, ..., 1.
 
-    euler   x + h v_n                               order 1, one evaluation a step
-    heun    x + h (v_n + v'_(n+1)) / 2              order 2, two (Karras et al. 2022); v' at Euler's guess
-    ab2     x + h (3 v_n - v_(n-1)) / 2             order 2, one (Adams and Bashforth), and one more as it starts with Heun's
+    logit   logit t = STRETCH logit s + log SHIFT: short where the path bends, near both ends and more so near the noise
+    equal   t = s
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
+    even = [step / steps for step in range(steps + 1)]
+    if schedule == "equal":
+        return even
+    return [SHIFT * s**STRETCH / (SHIFT * s**STRETCH + (1 - s) ** STRETCH) for s in even]
+
+
+def sample(velocity: Velocity, x0: Tensor, times: Sequence[float], solver: str = SOLVERS[0]) -> Tensor:
+    """x0 [B ...] at the first of `times`, noise at 0, -> x at the last, data at 1, by one of SOLVERS.
+
+    euler   x + h v_n                                       order 1, one evaluation a step
+    ab2     x + h v_n + h^2 / (2 h') (v_n - v_(n-1))        order 2, one (Adams and Bashforth); h' the step before
+    heun    x + h (v_n + v'_(n+1)) / 2                      order 2, two (Karras et al. 2022); v' at Euler's guess
+
+    The first step of ab2 is Euler's.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is not one of {', '.join(SOLVERS)}")
-    h = 1.0 / steps
-    x, before = x0, None
-    for step in range(steps):
-        t = x.new_full((len(x),), step * h)
+    x, before, h_before = x0, None, 0.0
+    for start, end in pairwise(times):
+        h, t = end - start, x.new_full((len(x),), start)
         slope = now = velocity(x, t)
         if solver == "ab2" and before is not None:
-            slope = (3 * now - before) / 2
-        elif solver != "euler":
-            slope = (now + velocity(x + h * slope, t + h)) / 2
-        x, before = x + h * slope, now
+            slope = now + h / (2 * h_before) * (now - before)
+        elif solver == "heun":
+            slope = (now + velocity(x + h * now, x.new_full((len(x),), end))) / 2
+        x, before, h_before = x + h * slope, now, h
     return x
 
 
 def evaluations(solver: str, steps: int) -> int:
     """How often `sample` asks the velocity."""
-    return {"euler": steps, "heun": 2 * steps, "ab2": steps + 1}[solver]
+    return 2 * steps if solver == "heun" else steps
 
 
-def guided(conditional: Velocity, unconditional: Velocity, weight: float) -> Velocity:
-    """Classifier-free guidance: 1 is plain conditioning, above 1 leans on the condition (Ho and Salimans 2022)."""
+def guided(velocity: Velocity, weaker: Sequence[tuple[Velocity, float]]) -> Velocity:
+    """Led away from each weaker velocity u_k by its weight w_k: v + sum_k (w_k - 1) (v - u_k); a weight of 1 is none.
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        base = unconditional(x, t)
-        return base + weight * (conditional(x, t) - base)
+    Away from the velocity without conditions it leans on the conditions (classifier-free guidance, Ho and Salimans 2022), away
+    from a worse model of the same data on what that one has not learned (autoguidance, Karras et al. 2024). With both each
+    weight keeps its meaning, as no difference is multiplied by the other's.
+    """
 
-    return velocity
+    def led(x: Tensor, t: Tensor) -> Tensor:
+        v = velocity(x, t)
+        return v + sum((weight - 1) * (v - weak(x, t)) for weak, weight in weaker)
+
+    return led

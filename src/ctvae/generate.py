@@ -27,6 +27,7 @@ from ctvae.volume import Volume, plain_affine
 __all__ = ["Model", "Synthetic", "generate", "interpolate", "load", "packaged_models", "reconstruct", "vary"]
 DESCRIPTION = "SYNTHETIC CT made by ctvae, not a patient"
 MOST_DESCRIBED = 79  # letters in a NIfTI header
+BEFORE = {"steps": None, "solver": "heun", "schedule": "equal", "autoguidance": 1.0}  # of sidecars that do not say all of it
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,15 @@ class Model(TrainedModel):
         guidance: float | None = None,
         conditions: Mapping[str, float | str] | None = None,
         slices: int | None = None,
+        schedule: str | None = None,
+        autoguidance: float | None = None,
     ) -> Synthetic:
         """Volume number `index` of `seed`: the same whatever else is generated, in HU, int16, with a patient's spacing.
 
         The rest as in the verb `ctvae.generate`. Raises ModelError, ConfigError or InputError.
         """
-        return self.sampled(seed, index, prior, Sampling(steps, solver, guidance, conditions or {}, slices))
+        asked = Sampling(steps, solver, guidance, conditions or {}, slices, schedule, autoguidance)
+        return self.sampled(seed, index, prior, asked)
 
     def sampled(self, seed: int, index: int, prior: str, asked: Sampling) -> Synthetic:
         """`generate`, with what is asked of the draw as one."""
@@ -120,10 +124,13 @@ def generate(
     guidance: float | None = None,
     conditions: Mapping[str, float | str] | None = None,
     slices: int | None = None,
+    schedule: str | None = None,
+    autoguidance: float | None = None,
 ) -> list[Path]:
     """Write `count` synthetic scans of `seed` as NIfTI with JSON sidecars, and `contact-sheet.png`; returns the scans.
 
-    `steps`, `solver` (heun, euler or ab2) and `guidance` (1: none) are the flow's; none of them: the model's own.
+    `steps`, `solver` (ab2, heun or euler), `schedule` of the steps (logit or equal), `guidance` by the conditions and
+    `autoguidance` away from the Gaussian (1: none) are the flow's; none of them: the model's own.
     `conditions` are what the scans are to be, by name, such as {"position": 0.4, "sex": "F"}; what is not given is drawn
     from the training groups nearest to it. `slices` none: as many as the model's groups. Fewer are the middle of a group;
     more are one volume of overlapping slabs denoised together (spatial latents only), at a position along the body that is
@@ -132,7 +139,7 @@ def generate(
     Scans that the same call wrote before are kept. Processes that torchrun started share them out. Raises ModelError and
     ConfigError, and InputError where other scans are in the way or the model cannot do what is asked.
     """
-    folder, asked = Path(out), Sampling(steps, solver, guidance, conditions or {}, slices)
+    folder, asked = Path(out), Sampling(steps, solver, guidance, conditions or {}, slices, schedule, autoguidance)
     paths = [folder / f"synthetic-{seed}-{index:04d}.nii.gz" for index in range(count)]
     with joined() as ranks:
         if ranks.first:
@@ -160,13 +167,13 @@ def _middle(hu: np.ndarray, slices: int) -> np.ndarray:
 
 def _refuse_foreign(paths: list[Path], model: Model, prior: str, asked: Sampling) -> None:
     facts = asked.facts(model.cfg.prior, model.shape)
-    before = {**Sampling().facts(model.cfg.prior, model.shape), "steps": None}  # of sidecars that do not say all of it
+    before = {**Sampling().facts(model.cfg.prior, model.shape), **BEFORE}
     ours = {"model_sha256": model.hash, "prior_sha256": model.prior_hash(prior), "prior": prior, **facts}
     for path in paths:
         if path.exists() and sidecar(path).exists() and not ours.items() <= {**before, **_told(sidecar(path))}.items():
             raise InputError(
-                f"{path}: was made by another model, prior or --steps, --solver, --guidance, --condition, --slices; "
-                "choose another --out or --overwrite"
+                f"{path}: was made by another model, prior or --steps, --solver, --schedule, --guidance, --autoguidance, "
+                "--condition, --slices; choose another --out or --overwrite"
             )
 
 

@@ -45,6 +45,7 @@ class LatentSet:
     groups: list[str]  # N group ids
     names: tuple[str, ...] = BEFORE_NAMES  # of the K conditions
     scan_mm: Tensor | None = None  # [N] length of the scan that each group comes from
+    patients: list[str] | None = None  # N
 
     def __len__(self) -> int:
         return len(self.means)
@@ -54,12 +55,18 @@ class LatentSet:
         """Of one latent."""
         return tuple(self.means.shape[1:])
 
+    @property
+    def whose(self) -> list[str]:
+        """The patient of each encoding; where an earlier version did not write it, the scan: the group's id up to its slice."""
+        return self.patients or [group.rpartition("_")[0] or group for group in self.groups]
+
     def chosen(self, indices: Sequence[int]) -> LatentSet:
         """The encodings `indices`; of rows on disk none is read."""
         rows = list(indices)
         lengths = None if self.scan_mm is None else self.scan_mm[rows]
         means, logvars = (large.chosen(rows) if isinstance(large, Rows) else large[rows] for large in (self.means, self.logvars))
-        return LatentSet(means, logvars, self.conditions[rows], [self.groups[i] for i in rows], self.names, lengths)
+        groups, patients = [self.groups[i] for i in rows], self.patients and [self.patients[i] for i in rows]
+        return LatentSet(means, logvars, self.conditions[rows], groups, self.names, lengths, patients)
 
     def plain(self) -> LatentSet:
         """The first encoding of every group, which is not augmented."""
@@ -95,7 +102,8 @@ class LatentSet:
         """In one file, with `meta` in its description."""
         tensors = {"means": self.means[:], "logvars": self.logvars[:], "conditions": self.conditions}
         tensors |= {"scan_mm": self.scan_mm} if self.scan_mm is not None else {}
-        save(path, tensors, {"groups": self.groups, "conditions": self.names, **meta})
+        whose = {"patients": self.patients} if self.patients else {}
+        save(path, tensors, {"groups": self.groups, "conditions": self.names, **whose, **meta})
 
     @classmethod
     def load(cls, path: Path) -> LatentSet:
@@ -108,9 +116,10 @@ class LatentSet:
         means, logvars = (Rows([stretches[name] for _, stretches, _ in shards]) for name in LARGE)
         lengths = [shard.scan_mm for shard in sets if shard.scan_mm is not None]
         groups = [group for shard in sets for group in shard.groups]
+        patients = [patient for shard in sets for patient in shard.patients or ()]
         return cls(
             means, logvars, torch.cat([shard.conditions for shard in sets]), groups, sets[0].names,
-            torch.cat(lengths) if len(lengths) == len(sets) else None,
+            torch.cat(lengths) if len(lengths) == len(sets) else None, patients if len(patients) == len(groups) else None,
         )  # fmt: skip
 
     def with_columns(self, columns: Columns) -> LatentSet:
@@ -162,18 +171,22 @@ def _opened(path: Path) -> tuple[LatentSet, dict[str, Any], dict[str, Any]]:
     conditions = small.get("conditions", torch.empty(0, 0))
     if means.shape != logvars.shape or {len(groups), len(conditions)} != {means.shape[0]}:
         raise ModelError(f"{path}: its rows do not match; delete it, and training encodes the groups again")
-    latents = LatentSet(Rows([means]), Rows([logvars]), conditions, list(groups), names, small.get("scan_mm"))
+    scan_mm, patients = small.get("scan_mm"), meta.get("patients")
+    latents = LatentSet(Rows([means]), Rows([logvars]), conditions, list(groups), names, scan_mm, patients)
     return latents, stretches, meta
 
 
 class Writer:
     """Latents on their way into the shards of `folder`, in order of their rows. A writer that was killed goes on.
 
-    `whole` says of all rows what is not encoded: groups and conditions' names. `of` says what they are encoded by.
+    All rows' groups, patients and lengths are known beforehand. `of` says what they are encoded by.
     """
 
-    def __init__(self, folder: Path, groups: list[str], scan_mm: Tensor, names: tuple[str, ...], of: str):
+    def __init__(
+        self, folder: Path, groups: list[str], scan_mm: Tensor, names: tuple[str, ...], of: str, patients: list[str] | None = None
+    ):
         self.folder, self.groups, self.scan_mm, self.names, self.of = folder, groups, scan_mm, names, of
+        self.patients = patients
         self.done = 0  # rows on disk
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -202,7 +215,8 @@ class Writer:
     def _write(self) -> None:
         rows = slice(self.done, self.done + len(self._waiting))
         means, logvars, conditions = (torch.stack(column) for column in zip(*self._waiting, strict=True))
-        shard = LatentSet(means, logvars, conditions, self.groups[rows], self.names, self.scan_mm[rows])
+        patients = self.patients and self.patients[rows]
+        shard = LatentSet(means, logvars, conditions, self.groups[rows], self.names, self.scan_mm[rows], patients)
         shard.save(_shard(self.folder, self.done), count=len(self.groups), of=self.of)
         self.done, self._waiting = rows.stop, []
 

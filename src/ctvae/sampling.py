@@ -33,15 +33,18 @@ class Sampling:
     guidance: float | None = None
     conditions: Mapping[str, float | str] = field(default_factory=dict)
     slices: int | None = None
+    schedule: str | None = None
+    autoguidance: float | None = None
 
     def __post_init__(self) -> None:
-        if self.solver is not None and self.solver not in flow.SOLVERS:
-            known = ", ".join(flow.SOLVERS)
-            raise ConfigError(f"solver '{self.solver}': no such{nearest(self.solver, flow.SOLVERS)} (known: {known})")
+        for what, name, known in (("solver", self.solver, flow.SOLVERS), ("schedule", self.schedule, flow.SCHEDULES)):
+            if name is not None and name not in known:
+                raise ConfigError(f"{what} '{name}': no such{nearest(name, known)} (known: {', '.join(known)})")
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"steps {self.steps}: at least 1")
-        if self.guidance is not None and not 0 <= self.guidance < math.inf:
-            raise ConfigError(f"guidance {self.guidance}: 0 or more; 1 is none")
+        for what, weight in (("guidance", self.guidance), ("autoguidance", self.autoguidance)):
+            if weight is not None and not 0 <= weight < math.inf:
+                raise ConfigError(f"{what} {weight}: 0 or more; 1 is none")
         if self.slices is not None and self.slices < 2:
             raise InputError(f"slices {self.slices}: a volume has at least 2")
 
@@ -50,14 +53,22 @@ class Sampling:
         return {
             "steps": self.steps or cfg.sampling_steps,
             "solver": self.solver or flow.SOLVERS[0],
+            "schedule": self.schedule or flow.SCHEDULES[0],
             "guidance": cfg.guidance if self.guidance is None else self.guidance,
+            "autoguidance": cfg.autoguidance if self.autoguidance is None else self.autoguidance,
             "asked": dict(self.conditions),
             "slices": self.slices or shape[0],
         }
 
     def for_the_flow_alone(self) -> list[str]:
         """Options that were given and that other priors do not know."""
-        given = {"--solver": self.solver, "--guidance": self.guidance, "--condition": self.conditions or None}
+        given = {
+            "--solver": self.solver,
+            "--schedule": self.schedule,
+            "--guidance": self.guidance,
+            "--autoguidance": self.autoguidance,
+            "--condition": self.conditions or None,
+        }
         return [name for name, value in given.items() if value is not None]
 
 
@@ -101,9 +112,9 @@ class FlowPrior:
         starts = slabs.covering(size[1], latent_shape[1]) if len(size) == 4 else [0]
         positions = self.positions(told, starts, latent_shape[1], size[1]) if len(starts) > 1 else ()
         each = [told.having("position", position) for position in positions] or [told]
-        velocities = [self._guided(one, facts["guidance"]) for one in each]
+        velocities = [self._guided(one, facts["guidance"], facts["autoguidance"]) for one in each]
         velocity = slabs.joint(velocities, starts, latent_shape[1]) if positions else velocities[0]
-        x1 = flow.sample(velocity, x0, facts["steps"], facts["solver"])
+        x1 = flow.sample(velocity, x0, flow.times(facts["steps"], facts["schedule"]), facts["solver"])
         if positions:
             told = told.having("position", (positions[0] + positions[-1]) / 2)
         return Draw(self.code.decode(x1.cpu()), told, positions)
@@ -126,11 +137,10 @@ class FlowPrior:
         channels, depth, height, width = latent_shape
         return channels, max(depth, math.ceil(slices * depth / self.shape[0])), height, width
 
-    def _guided(self, told: Told, weight: float) -> flow.Velocity:
+    def _guided(self, told: Told, guidance: float, autoguidance: float) -> flow.Velocity:
         c = self.conditioning.standard(torch.tensor([told.values])).to(self.network.mean.device)  # [1 K]
-        if weight == 1.0:
-            return self._velocity(c)
-        return flow.guided(self._velocity(c), self._velocity(torch.full_like(c, math.nan)), weight)
+        weaker = [(self._velocity(torch.full_like(c, math.nan)), guidance), (self.network.linear, autoguidance)]
+        return flow.guided(self._velocity(c), [(velocity, weight) for velocity, weight in weaker if weight != 1.0])
 
     def _velocity(self, told: Tensor) -> flow.Velocity:
         def at(x: Tensor, t: Tensor) -> Tensor:

@@ -100,10 +100,14 @@ class Velocity(nn.Module):
         self.correction = correction
         self.mean, self.factors, self.rest = (nn.Buffer(tensor.clone()) for tensor in wiener.tensors().values())
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B C ...], [B], [B K]
+    def linear(self, x: Tensor, t: Tensor) -> Tensor:  # [B C ...], [B]
+        """The filter's velocity alone."""
         with torch.autocast(x.device.type, enabled=False):
-            linear = WienerVelocity(self.mean, self.factors, self.rest)(x.float(), t)
-            guess = x + (1 - t.view(-1, *[1] * (x.ndim - 1))) * linear
+            return WienerVelocity(self.mean, self.factors, self.rest)(x.float(), t)
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B C ...], [B], [B K]
+        linear = self.linear(x, t)
+        guess = x + (1 - t.view(-1, *[1] * (x.ndim - 1))) * linear
         return linear + self.correction(torch.cat((x, guess), dim=1), t, c).float()  # [B C ...]
 
 

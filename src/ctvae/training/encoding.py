@@ -32,7 +32,8 @@ def encode_groups(
     """
     device = next(network.parameters()).device
     encoded = [group for group in groups.groups for _ in range(cfg.encodings)]
-    writer = Writer(out, [group.id for group in encoded], torch.tensor([scan_mm(group) for group in encoded]), BUILT_IN, of)
+    lengths, patients = torch.tensor([scan_mm(group) for group in encoded]), [group.patient for group in encoded]
+    writer = Writer(out, [group.id for group in encoded], lengths, BUILT_IN, of, patients)
     count = len(encoded)
     with Progress("encoding", total=count) as bar:
         for start in range(ranks.told(writer.begun), count, ranks.world):

@@ -4,7 +4,10 @@ The flow's loss says neither: it goes on falling while a small training set is l
 latents are drawn, always from the same noise and told what held-out groups were told, and compared with
 
     held-out groups    unbiased kernel distance (Binkowski et al. 2018) of the coordinates along the fitted principal directions
-    training groups    share of samples nearer to one than the closest 1 % of held-out groups come (after Carlini et al. 2023)
+    training groups    share of copies among the samples (after Carlini et al. 2023, as in `evaluation/memorization.py`)
+
+A copy is nearer to a training patient than the closest 1 % of held-out groups come, and so is its ratio of that distance to the
+mean distance of the next five patients. The distance alone is small for whatever is smooth, which is near to everyone.
 
 Shapes:  N training groups   M held-out groups   S samples   P numbers per latent   R principal directions   K conditions
 """
@@ -27,10 +30,12 @@ from ctvae.wiener import WienerVelocity
 
 SAMPLES = 48
 MOST_HELD_NUMBERS = 2**26  # of the training groups' latents, in memory: 256 MiB
+MOST_DISTANCES = 2**24  # in memory at a time
 SPLITS = 20  # of the held-out groups into halves, whose distances show what is noise
-MOST_COPIES = 0.02  # share of samples; more is worth a warning
-SOLVER_STEPS = 8  # Heun's; the same error at every moment, so it does not decide between them
+MOST_COPIES = 0.05  # share of samples; more is worth a warning: by chance one or two of 48 are as near
+TIMES = flow.times(16)  # the same error at every moment, so it does not decide between them
 CLOSEST_SHARE = 0.01
+NEXT = 5  # patients after the nearest one, whose distance is what is usual
 FEWEST_HELD_OUT = 8  # groups, for either figure to mean anything
 
 
@@ -57,7 +62,7 @@ class Watch:
         # Held-out groups as noisy as samples are: else noise alone would keep a copy away from what it was copied from.
         fresh = code.encode(held_out.posterior_sample(list(range(len(held_out))), random))
         self.held_out, self.shape = fresh.flatten(1), fresh.shape[1:]  # [M P]
-        self.nearest = self.known.nearest(self.held_out)  # [M]
+        self.limits = torch.quantile(self.known.closeness(self.held_out), CLOSEST_SHARE, dim=0)  # [2]
         self.spread = self._spread(generator(seed, 1, stream=17))
         chosen = torch.arange(SAMPLES) % len(told)
         self.told = told[chosen]  # [S K]
@@ -69,7 +74,7 @@ class Watch:
         drawn = []
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             for noise, told in zip(self.noise.split(batch), self.told.to(device).split(batch), strict=True):
-                drawn.append(flow.sample(partial(network, c=told), noise.to(device), SOLVER_STEPS).float().cpu())
+                drawn.append(flow.sample(partial(network, c=told), noise.to(device), TIMES).float().cpu())
         return self._judged(torch.cat(drawn).flatten(1))
 
     def _spread(self, random: torch.Generator) -> float:
@@ -84,8 +89,8 @@ class Watch:
     def _judged(self, samples: Tensor) -> Seen:  # [S P]
         ours, real = (coordinates(rows, self.wiener).double().numpy() for rows in (samples, self.held_out))
         distance = kernel_distance(ours, real) if ours.shape[1] else math.nan
-        threshold = torch.quantile(self.nearest, CLOSEST_SHARE)
-        return Seen(distance, (self.known.nearest(samples) < threshold).float().mean().item())
+        copied = (self.known.closeness(samples) < self.limits).all(1)
+        return Seen(distance, copied.float().mean().item())
 
 
 def coordinates(rows: Tensor, wiener: WienerVelocity) -> Tensor:
@@ -98,17 +103,44 @@ class Known:
 
     def __init__(self, code: LatentCode, latents: LatentSet):
         self.code, self.latents = code, latents
+        number: dict[str, int] = {}
+        self.patients = torch.tensor([number.setdefault(patient, len(number)) for patient in latents.whose])  # [N]
         many = len(latents) * math.prod(latents.shape) > MOST_HELD_NUMBERS
-        self._held = None if many else torch.cat(list(self._read()))  # [N P]
+        self._held = None if many else torch.cat([part for part, _ in self._read()])  # [N P]
 
-    def nearest(self, rows: Tensor) -> Tensor:
-        """Distance of each row [n P] from the nearest training group: [n]."""
-        parts = self._read() if self._held is None else [self._held]
-        least = torch.full((len(rows),), math.inf)
-        for part in parts:
-            torch.minimum(least, torch.cdist(rows, part).amin(1), out=least)
-        return least
+    def closeness(self, rows: Tensor) -> Tensor:
+        """How far each row [n P] is from the nearest patient, and that over the mean of the next ones: [n 2].
 
-    def _read(self) -> Iterator[Tensor]:
-        """[b P] each."""
-        return (self.code.encode(self.latents.means[rows].float()).flatten(1) for rows in self.latents.blocks())
+        The ratio is 1 where there is one patient alone.
+        """
+        distance = self._nearest(rows)
+        usual = distance[:, 1:].masked_fill(distance[:, 1:].isinf(), math.nan).nanmean(1)  # where patients are few: of those
+        return torch.stack((distance[:, 0], (distance[:, 0] / usual).nan_to_num(1.0)), dim=1)
+
+    def _nearest(self, rows: Tensor) -> Tensor:
+        """Distances of each row [n P] from the nearest patients, ascending and infinite beyond the last: [n 1+NEXT]."""
+        best = torch.full((len(rows), 1 + NEXT), math.inf)
+        whose = torch.full(best.shape, -1)
+        most = max(1, MOST_DISTANCES // len(rows))
+        for read, owners in self._read() if self._held is None else [(self._held, self.patients)]:
+            for part, patients in zip(read.split(most), owners.split(most), strict=True):
+                distance = torch.cat((best, torch.cdist(rows, part)), dim=1)
+                best, whose = of_patients(distance, torch.cat((whose, patients.expand(len(rows), -1)), dim=1))
+        return best
+
+    def _read(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """[b P] each, and whose they are [b]."""
+        for rows in self.latents.blocks():
+            yield self.code.encode(self.latents.means[rows].float()).flatten(1), self.patients[rows]
+
+
+def of_patients(distance: Tensor, whose: Tensor) -> tuple[Tensor, Tensor]:
+    """The 1 + NEXT smallest distances of each row of `distance` [n m], one for each patient, and their patients."""
+    found = []
+    for _ in range(1 + NEXT):
+        least, at = distance.min(1)
+        patient = whose.gather(1, at[:, None])  # [n 1]
+        distance = distance.masked_fill(whose == patient, math.inf)
+        found.append((least, patient[:, 0]))
+    nearest, patients = zip(*found, strict=True)
+    return torch.stack(nearest, dim=1), torch.stack(patients, dim=1)
