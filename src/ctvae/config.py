@@ -201,10 +201,10 @@ class Finish(Training):
     steps: Steps = 2000
     lr: Positive = 2e-4
     save_every: int = Field(200, ge=1)
-    drawn: Steps = Field(128, description="samples of the flow that are drawn to train on")
+    drawn: Steps = Field(40, description="samples of the flow that are drawn to train on")
     adversarial_weight: float = Field(0.03, ge=0)
     feature_weight: float = Field(0.3, ge=0, description="on the discriminator's features of what is reconstructed")
-    moments_weight: float = Field(0.03, ge=0, description="on the means of simple statistics of texture")
+    moments_weight: float = Field(0.1, ge=0, description="on the means of simple statistics of texture")
     latent_noise: float = Field(0.1, ge=0, description="noise on the encoded latents, in standard deviations")
     discriminator_width: int = Field(32, ge=1, le=1024)
     discriminator_lr: Positive = 2e-4
