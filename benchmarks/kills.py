@@ -3,7 +3,7 @@
     python benchmarks/kills.py --trials 10 --kills 3 --seed 0
     python benchmarks/kills.py --verbs train --trials 3 --kills 10
 
-Phantoms are prepared, a network of a few thousand weights is trained for seconds (autoencoder, polish and prior, fp32), and
+Phantoms are prepared, a network of a few thousand weights is trained for seconds (all four stages, fp32), and
 each verb is run once through. Then, `--trials` times: begun in an empty folder, killed with all its processes after a random
 time, `--kills` times over (or until it is done), and at last left to finish; kills are spread over the whole of a run. Every file
 that it leaves is compared byte for byte with the run that was not killed: of report.json and index.html all but the time of day,
@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 TIMES = re.compile(rb'"[a-z_]*seconds": [\d.]+|20\d\d-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\+00:00)?( UTC)?')
 LENGTHS = (
     "autoencoder.steps=24", "polish.steps=12", "prior.steps=36", "autoencoder.save_every=2", "polish.save_every=2",
-    "prior.save_every=4",
+    "prior.save_every=4", "finish.enabled=true", "finish.steps=8", "finish.log_every=2", "finish.save_every=2", "finish.batch=1",
+    "finish.drawn=2", "finish.discriminator_width=4", "finish.precision=fp32",
 )  # fmt: skip
 Verb = Callable[[Path], list[str]]  # the folder to write -> the command line
 

@@ -227,7 +227,8 @@ import resource, sys, torch
 from pathlib import Path
 from ctvae.training.train import train
 dataset, out, limit_mb = sys.argv[1], sys.argv[2], int(sys.argv[3])
-settings = ["autoencoder.steps=3", "autoencoder.log_every=1", "autoencoder.save_every=1", "data.shape=[64,128,128]"]
+settings = ["autoencoder.steps=3", "autoencoder.log_every=1", "autoencoder.save_every=1", "data.shape=[64,128,128]",
+            "polish.enabled=false"]
 train(dataset, out + "/warm", stage="autoencoder", overrides=[*settings, "data.patch=[16,64,64]"])
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + limit_mb * 2**20
