@@ -69,6 +69,7 @@ def test_the_research_groups_stacks():
 WRONG_OVERRIDES = {
     "model.latent_chanels=16": "unknown key 'model.latent_chanels', did you mean 'latent_channels'?",
     "autoencoder.lrr=0.1": "unknown key 'autoencoder.lrr', did you mean 'lr'?",
+    "model.patch=[64,64,64]": "unknown key 'model.patch', did you mean 'data.patch'?",
     "datta.noise_hu=1": "unknown key 'datta', did you mean 'data'?",
     "autoencoder.lr=-1": "autoencoder.lr: Input should be greater than 0",
     "autoencoder.lr": "write it as key=value",
