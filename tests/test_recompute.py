@@ -145,6 +145,7 @@ def test_a_copy_has_weights_of_its_own(small_slabs):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler has its own
 def test_a_compiled_step_gives_the_eager_loss_and_gradients(small_slabs):
     plain, gradients = step("fp32", checkpointing=False)
     compiled, others = step("fp32", False, "autoencoder.compile=true")
