@@ -154,7 +154,8 @@ def _decoder_against_a_judge(
         network = _network(cfg, whole(cfg))
         assert isinstance(network, Wavelet3DVAE)
         network.encoder.requires_grad_(False)
-        pair = make_pair(network.decoder, PatchDiscriminator(settings.discriminator_width))
+        soft = Reconstruction(cfg.autoencoder, cfg.data.window_hu).soft
+        pair = make_pair(network.decoder, PatchDiscriminator(settings.discriminator_width, soft))
         to_channels_last(pair)
         ema = EMA(pair, settings.ema_decay)
         optimizers = [build_optimizer(pair.decoder, settings), build_judge(pair.discriminator, settings)]

@@ -86,7 +86,7 @@ def finish_decoder(
     samples = DrawnLatents(run.folder / "drawn", cfg, network.cfg.grid, ranks)
     network.encoder.requires_grad_(False)
     goal = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
-    pair = FinishedPair(network.decoder, PatchDiscriminator(settings.discriminator_width), goal.soft, ranks)
+    pair = FinishedPair(network.decoder, PatchDiscriminator(settings.discriminator_width, goal.soft), goal.soft, ranks)
     for module in (network, pair):
         place(module, fabric.device)
     ema = EMA(pair, settings.ema_decay)

@@ -40,8 +40,8 @@ class Moments(nn.Module):
     def __init__(self, soft: tuple[float, float], average: Callable[[Tensor], Tensor] = lambda values: values):
         """`soft`: the soft tissue window in -1..1. `average` is over processes that train together."""
         super().__init__()
-        self.soft, self.average = soft, average
-        size = BINS + 3 * len(LAGS) + 2 * (haar.bands((2, 2, 2)) - 1)
+        self.soft, self.average = (soft if soft[0] < soft[1] else (-1.0, 1.0)), average
+        size = BINS + 3 * len(LAGS) + 4 * (haar.bands((2, 2, 2)) - 1)
         self.real, self.fake, self.square = (nn.Buffer(torch.zeros(size)) for _ in range(3))
         self.seen = nn.Buffer(torch.zeros(()))
 
@@ -71,11 +71,12 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     """Of patches x [B 1 D H W]: [K].
 
     Shares of BINS values from -1 to 1; mean |difference| of neighbours at LAGS along D, H, W where both lie in the soft tissue
-    window, in its widths; mean size of the detail bands of two Haar levels.
+    window, in its widths; mean size of the detail bands of two Haar levels, of the whole range and of the window alone.
     """
     d, h, w = (size // 4 * 4 for size in x.shape[2:])
     x = x[..., :d, :h, :w].float().clamp(-1, 1)
-    return torch.cat([_shares(x), _steps(x, *soft), _bands(x)])
+    low, high = soft
+    return torch.cat([_shares(x), _steps(x, low, high), _bands(x), _bands(x.clamp(low, high) * (2 / (high - low)))])
 
 
 def _shares(x: Tensor) -> Tensor:

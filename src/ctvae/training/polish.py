@@ -103,7 +103,8 @@ def polish_decoder(
     network, noted = load_autoencoder(run, cfg)
     assert isinstance(network, Wavelet3DVAE)
     network.encoder.requires_grad_(False)
-    pair = Pair(network.decoder, PatchDiscriminator(settings.discriminator_width))
+    goal = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
+    pair = Pair(network.decoder, PatchDiscriminator(settings.discriminator_width, goal.soft))
     for module in (network, pair.discriminator):
         place(module, fabric.device)
     ema = EMA(pair, settings.ema_decay)
