@@ -3,10 +3,14 @@
 Shapes:  B batch   D H W voxels   C channels
 
 It sees a volume twice, as it is and in the soft tissue window, in which organs differ by a twentieth of the whole range. Like the
-autoencoder it looks at Haar bands, where texture and edges are channels of their own, at an eighth of the cost of voxels. Its features serve as the perceptual loss, so nothing has to be downloaded (Larsen et al. 2016).
+autoencoder it looks at Haar bands, where texture and edges are channels of their own, at an eighth of the cost of voxels; each band
+is standardised over the real patches seen so far, or those of fine texture, a hundredth of the others, would count for nothing.
+Its features serve as the perceptual loss, so nothing has to be downloaded (Larsen et al. 2016).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +20,27 @@ from ctvae import haar
 from ctvae.models.blocks import Conv
 
 
+BANDS = 16  # two views of eight
+DECAY = 0.999
+LEAST_SPREAD = 1e-3
+
+
 class PatchDiscriminator(nn.Module):
     """Logits [B 1 d h w] at a quarter of the resolution, each seeing about 30 voxels along an axis."""
+
+    seen: Tensor
+    mean: Tensor
+    square: Tensor
 
     def __init__(self, width: int, soft: tuple[float, float]):
         """`soft`: the soft tissue window in -1..1, where there is any of it."""
         super().__init__()
         self.soft = soft if soft[0] < soft[1] else (-1.0, 1.0)
+        self.seen = nn.Buffer(torch.zeros(()))
+        self.mean, self.square = nn.Buffer(torch.zeros(BANDS)), nn.Buffer(torch.ones(BANDS))  # of the real bands
         self.layers = nn.ModuleList(
             [
-                Conv(16, width, kernel_size=3, padding=1),
+                Conv(BANDS, width, kernel_size=3, padding=1),
                 Conv(8 * width, 2 * width, kernel_size=1),  # after a second Haar step
                 Conv(2 * width, 2 * width, kernel_size=3, padding=1),
                 Conv(2 * width, 2 * width, kernel_size=3, padding=1),
@@ -35,14 +50,32 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:  # [B 1 D H W]
         """Logits (high: real) and the features of every layer, fine to coarse."""
-        low, high = self.soft
-        x, features = torch.cat((x, 2 * (x.clamp(low, high) - low) / (high - low) - 1), dim=1), []
-        short = [-size % 4 for size in x.shape[2:]]  # of a size that two Haar steps take
-        if any(short):
-            x = F.pad(x, (0, short[2], 0, short[1], 0, short[0]), mode="replicate")
+        x, features = self._standard(self._bands(x)), []
         for number, layer in enumerate(self.layers):
-            if number < 2:
+            if number == 1:
                 x = haar.forward(x)  # halves D, H, W
             x = F.leaky_relu(layer(x), 0.2)
             features.append(x)
         return self.out(x), features
+
+    @torch.no_grad()
+    def observe(self, real: Tensor, average: Callable[[Tensor], Tensor] = lambda values: values) -> None:
+        """Takes real patches [B 1 D H W] into the means that bands are standardised by. `average` is over processes."""
+        bands = self._bands(real).float()
+        weight = (1 / (1 + self.seen)).clamp_min(1 - DECAY)
+        self.mean.lerp_(average(bands.mean((0, 2, 3, 4))), weight)
+        self.square.lerp_(average(bands.square().mean((0, 2, 3, 4))), weight)
+        self.seen += 1
+
+    def _bands(self, x: Tensor) -> Tensor:
+        """Both views' bands: [B 1 D H W] -> [B 16 D/2 H/2 W/2]."""
+        low, high = self.soft
+        x = torch.cat((x, 2 * (x.clamp(low, high) - low) / (high - low) - 1), dim=1)
+        short = [-size % 4 for size in x.shape[2:]]  # of a size that two Haar steps take
+        if any(short):
+            x = F.pad(x, (0, short[2], 0, short[1], 0, short[0]), mode="replicate")
+        return haar.forward(x)
+
+    def _standard(self, bands: Tensor) -> Tensor:
+        spread = (self.square - self.mean.square()).clamp_min(0).sqrt().clamp_min(LEAST_SPREAD)
+        return (bands - self.mean.view(-1, 1, 1, 1)) / spread.view(-1, 1, 1, 1)

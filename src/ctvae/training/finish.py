@@ -101,7 +101,7 @@ def finish_decoder(
     pair.discriminator.requires_grad_(False)  # processes exchange the gradients of what learns in each
     draw, fabric_optimizer = fabric.setup(FinishObjective(network, pair, cfg, ranks), optimizer)
     pair.discriminator.requires_grad_(True)
-    tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator), judge)
+    tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator, ranks), judge)
     tally = Tally(settings, ranks, meta)
     step, logged, held_out = start, start, HeldOut()
 

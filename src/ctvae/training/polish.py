@@ -65,11 +65,12 @@ class DecoderObjective(nn.Module):
 
 
 class DiscriminatorObjective(nn.Module):
-    def __init__(self, discriminator: PatchDiscriminator):
+    def __init__(self, discriminator: PatchDiscriminator, ranks: Ranks = ALONE):
         super().__init__()
-        self.discriminator = discriminator
+        self.discriminator, self.ranks = discriminator, ranks
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:  # [B 1 D H W] each
+        self.discriminator.observe(real, self.ranks.mean)
         return losses.hinge_discriminator(self.discriminator(real)[0].float(), self.discriminator(fake)[0].float())
 
 
@@ -118,7 +119,7 @@ def polish_decoder(
     pair.discriminator.requires_grad_(False)  # processes exchange the gradients of what learns in each
     draw, fabric_optimizer = fabric.setup(DecoderObjective(network, pair.discriminator, cfg, ranks), optimizer)
     pair.discriminator.requires_grad_(True)
-    tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator), judge)
+    tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator, ranks), judge)
     best = Best(run.folder / "checkpoints" / "polish-best.safetensors")
     tally = Tally(settings, ranks, meta)
     step, logged, held_out = start, start, HeldOut()
