@@ -4,8 +4,8 @@ Shapes:  B batch   D H W voxels   C channels
 
 It sees a volume twice, as it is and in the soft tissue window, in which organs differ by a twentieth of the whole range. Like the
 autoencoder it looks at Haar bands, where texture and edges are channels of their own, at an eighth of the cost of voxels; each
-band is standardised over the real patches seen so far, or those of fine texture, a hundredth of the others in size, would count for
-nothing. Its features serve as the perceptual loss, so nothing has to be downloaded (Larsen et al. 2016).
+band is standardised over the real patches seen so far, or those of fine texture, a hundredth of the others in size, would count
+for nothing. Its features serve as the perceptual loss, so nothing has to be downloaded (Larsen et al. 2016).
 """
 
 from __future__ import annotations

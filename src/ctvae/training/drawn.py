@@ -1,7 +1,7 @@
 """Latents drawn from a run's own flow, once, so that the decoder can be trained on what it will be given.
 
     run/drawn/of.json                  by which weights, and how many there are once all are drawn
-    run/drawn/00000017.safetensors     sample 17: its latent [Z d h w] in float16, and which latent voxels hold body [d h w]
+    run/drawn/00000017.safetensors     sample 17: its latent [Z d h w] in float16, and the body's share of each latent voxel [d h w]
 
 Shapes:  B batch   Z latent channels   d h w latent voxels
 """
@@ -65,12 +65,13 @@ class DrawnLatents:
     def _draw_one(self, model: Model, index: int) -> None:
         latent = model.draw("flow", SEED, index).latent  # [1 Z d h w]
         body = torch.from_numpy(model.decode(latent) > BODY_HU)[None, None]
-        cells = F.max_pool3d(body.float(), self.grid)[0, 0] > 0  # [d h w]
+        share = F.avg_pool3d(body.float(), self.grid)[0, 0]  # [d h w]
         with files.atomic(self._path(index)) as temporary:  # each process its own, where `checkpoint.save` lets the first alone
-            save_file({"latent": latent[0].half().contiguous(), "body": cells.contiguous()}, temporary)
+            save_file({"latent": latent[0].half().contiguous(), "body": share.half().contiguous()}, temporary)
 
     def batch(self, batch: int, patch: Size3, seed: int, step: int) -> Tensor:
-        """This process's rows of step `step`: crops of samples, `patch` voxels large, nine in ten about a body: [B Z d h w]."""
+        """This process's rows of step `step`: crops of samples, `patch` voxels large, nine in ten about a voxel of a body, like
+        `TrainingGroups._patch`: [B Z d h w]."""
         random = generator(seed, step, stream=41)
         seeds = [int(torch.randint(2**31, (), generator=random)) for _ in range(batch)]
         indices = batch_indices(self.count, batch, seed, step)
@@ -83,10 +84,11 @@ class DrawnLatents:
 
     def _crop(self, index: int, patch: Size3, random: torch.Generator) -> Tensor:
         tensors = load_file(self._path(index))
-        latent, places = tensors["latent"].float(), tensors["body"].nonzero()  # [n 3]
-        if not len(places) or torch.rand((), generator=random) < ANYWHERE:
-            places = torch.tensor([[int(torch.randint(size, (), generator=random)) for size in latent.shape[1:]]])
-        centre = places[int(torch.randint(len(places), (), generator=random))].tolist()
+        latent, share = tensors["latent"].float(), tensors["body"].float()
+        if not share.any() or torch.rand((), generator=random) < ANYWHERE:
+            share = torch.ones_like(share)
+        cell = int(torch.multinomial(share.flatten(), 1, generator=random))
+        centre = [int(place) for place in torch.unravel_index(torch.tensor(cell), share.shape)]
         for axis, (voxels, step, place) in enumerate(zip(patch, self.grid, centre, strict=True), start=1):
             size = min(latent.shape[axis], math.ceil(voxels / step))
             start = place - int(torch.randint(size, (), generator=random))

@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from ctvae import haar
 
 BINS = 40
+AIR_BINS = 2  # the lowest
+AIR = -0.9
+LEAST_SHARE = 0.05  # of a patch: in less that is not air there is little to see
 LAGS = (1, 2, 4)
 MOST_OFF = 3.0  # spreads, beyond which nothing pulls harder
 DECAY = 0.97
@@ -41,7 +44,7 @@ class Moments(nn.Module):
         """`soft`: the soft tissue window in -1..1. `average` is over processes that train together."""
         super().__init__()
         self.soft, self.average = (soft if soft[0] < soft[1] else (-1.0, 1.0)), average
-        size = BINS + 3 * len(LAGS) + 4 * (haar.bands((2, 2, 2)) - 1)
+        size = BINS - AIR_BINS + 3 * len(LAGS) + 4 * (haar.bands((2, 2, 2)) - 1)
         self.real, self.fake, self.square = (nn.Buffer(torch.zeros(size)) for _ in range(3))
         self.seen = nn.Buffer(torch.zeros(()))
 
@@ -70,13 +73,16 @@ class Moments(nn.Module):
 def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     """Of patches x [B 1 D H W]: [K].
 
-    Shares of BINS values from -1 to 1; mean |difference| of neighbours at LAGS along D, H, W where both lie in the soft tissue
-    window, in its widths; mean size of the detail bands of two Haar levels, of the whole range and of the window alone.
+    How often BINS values from -1 to 1 occur, but those of air; mean |difference| of neighbours at LAGS along D, H, W where both lie
+    in the soft tissue window, in its widths; size of the detail bands of two Haar levels, of the whole range and of the window.
+    All but the differences are per voxel that is not air: how much of a patch is air is a matter of where it lies.
     """
     d, h, w = (size // 4 * 4 for size in x.shape[2:])
     x = x[..., :d, :h, :w].float().clamp(-1, 1)
     low, high = soft
-    return torch.cat([_shares(x), _steps(x, low, high), _bands(x), _bands(x.clamp(low, high) * (2 / (high - low)))])
+    share = (x.detach() > AIR).float().mean().clamp_min(LEAST_SHARE)
+    extents = torch.cat([_shares(x), _bands(x), _bands(x.clamp(low, high) * (2 / (high - low)))]) / share
+    return torch.cat([extents, _steps(x, low, high)])
 
 
 def _shares(x: Tensor) -> Tensor:
@@ -85,7 +91,7 @@ def _shares(x: Tensor) -> Tensor:
     below = place.detach().floor().clamp(0, BINS - 2)
     above = place - below  # share of the upper bin
     counts = x.new_zeros(BINS).index_add(0, below.long(), 1 - above).index_add(0, below.long() + 1, above)
-    return counts / place.numel()
+    return counts[AIR_BINS:] / place.numel()
 
 
 def _steps(x: Tensor, low: float, high: float) -> Tensor:
