@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ctvae.checkpoint import Checkpoints, load
 from ctvae.config import load_config, load_recipe, with_overrides
@@ -83,6 +84,21 @@ def test_crops_are_of_the_flows_samples_and_a_function_of_the_step(tiny_run, tmp
     whole = samples.batch(2, (64, 32, 32), seed=0, step=0)
     drawn = [model.draw("flow", SEED, index).latent[0].half().float() for index in range(2)]
     assert all(any(torch.equal(row, one) for one in drawn) for row in whole)
+
+
+def test_crops_lie_where_the_body_is(tiny_run, tmp_path):
+    """As those of real scans do: each voxel of a body is as often in the middle."""
+    cfg = with_overrides(load_config(tiny_run / "config.yaml"), ["finish.drawn=1"])
+    samples = DrawnLatents(tmp_path, cfg, (1, 1, 1))
+    share = torch.zeros(1, 4, 4)
+    share[0, 0, 0], share[0, 3, 3] = 0.75, 0.25
+    places = torch.arange(16.0).view(1, 1, 4, 4)
+    save_file({"latent": places.half(), "body": share.half()}, samples._path(0))
+    samples.count = 1
+    found = torch.cat([samples.batch(1, (1, 1, 1), seed=0, step=step).flatten() for step in range(2000)])
+    often = torch.bincount(found.long(), minlength=16) / len(found)
+    assert often[0].item() == pytest.approx(0.9 * 0.75 + 0.1 / 16, abs=0.03)
+    assert often[15].item() == pytest.approx(0.9 * 0.25 + 0.1 / 16, abs=0.03)
 
 
 def test_it_needs_a_prior(tiny_dataset, tiny_settings, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ctvae.training.moments import BINS, LAGS, Moments, statistics
+from ctvae.training.moments import AIR, AIR_BINS, BINS, LAGS, Moments, statistics
 
 SOFT = (-0.2, 0.3)
 
@@ -15,21 +15,33 @@ def patches(seed: int, scale: float = 1.0, shape=(2, 1, 8, 12, 16)) -> torch.Ten
     return 0.05 + scale * 0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_shares_are_a_histogram():
+SHARES = slice(0, BINS - AIR_BINS)
+BANDS = slice(SHARES.stop, SHARES.stop + 14)  # of the whole range, and 14 more of the soft tissue window
+
+
+def test_shares_are_a_histogram_of_what_is_not_air():
     centres = torch.linspace(-1, 1, BINS)
     x = centres[torch.randint(BINS, (1, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0))]
-    found = statistics(x, SOFT)[:BINS].numpy()
-    exact = np.histogram(x.numpy(), bins=BINS, range=(-1 - 1 / (BINS - 1), 1 + 1 / (BINS - 1)))[0] / x.numel()
-    np.testing.assert_allclose(found, exact, atol=1e-4)
-    between = statistics(torch.full((1, 1, 4, 4, 4), (centres[3] * 0.25 + centres[4] * 0.75).item()), SOFT)[:BINS]
-    torch.testing.assert_close(between[3:5], torch.tensor([0.25, 0.75]), atol=1e-4, rtol=0)
+    found = statistics(x, SOFT)[SHARES].numpy()
+    values = x[x > AIR].numpy()
+    exact = np.histogram(values, bins=BINS, range=(-1 - 1 / (BINS - 1), 1 + 1 / (BINS - 1)))[0] / values.size
+    np.testing.assert_allclose(found, exact[AIR_BINS:], atol=1e-4)
+    between = statistics(torch.full((1, 1, 4, 4, 4), (centres[3] * 0.25 + centres[4] * 0.75).item()), SOFT)[SHARES]
+    torch.testing.assert_close(between[3 - AIR_BINS : 5 - AIR_BINS], torch.tensor([0.25, 0.75]), atol=1e-4, rtol=0)
+
+
+def test_it_does_not_matter_how_much_of_a_patch_is_air():
+    """Or a decoder whose patches have more air than real ones would be pulled to put something there."""
+    x = patches(1, shape=(1, 1, 16, 16, 16))
+    with_air = torch.cat((x, torch.full_like(x, -1.0)), dim=2)
+    torch.testing.assert_close(statistics(with_air, SOFT), statistics(x, SOFT), atol=1e-5, rtol=1e-4)
 
 
 def test_steps_are_mean_differences_where_both_voxels_are_in_soft_tissue():
     x = patches(1)
     low, high = SOFT
     array = x[:, 0].numpy()
-    found = statistics(x, SOFT)[BINS : BINS + 3 * len(LAGS)].numpy()
+    found = statistics(x, SOFT)[-3 * len(LAGS) :].numpy()
     exact = []
     for axis in (1, 2, 3):
         for lag in LAGS:
@@ -43,7 +55,7 @@ def test_bands_of_a_checkerboard_lie_in_one_band():
     signs = torch.tensor([1.0, -1.0])
     board = signs.view(2, 1, 1) * signs.view(1, 2, 1) * signs.view(1, 1, 2)
     x = 0.5 * board.repeat(4, 4, 4)[None, None]
-    bands = statistics(x, SOFT)[BINS + 3 * len(LAGS) :]
+    bands = statistics(x, (-1.0, 1.0))[BANDS]
     assert bands.tolist() == pytest.approx([0] * 6 + [0.5] + [0] * 7)  # the finest level's last: high along all three axes
 
 

@@ -1,7 +1,7 @@
 """Latents drawn from a run's own flow, once, so that the decoder can be trained on what it will be given.
 
     run/drawn/of.json                  by which weights, and how many there are once all are drawn
-    run/drawn/00000017.safetensors     sample 17: its latent [Z d h w] in float16, and the body's share of each latent voxel [d h w]
+    run/drawn/00000017.safetensors     sample 17: its latent [Z d h w], and the body's share of each latent voxel [d h w]; float16
 
 Shapes:  B batch   Z latent channels   d h w latent voxels
 """

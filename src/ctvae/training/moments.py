@@ -73,8 +73,8 @@ class Moments(nn.Module):
 def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     """Of patches x [B 1 D H W]: [K].
 
-    How often BINS values from -1 to 1 occur, but those of air; mean |difference| of neighbours at LAGS along D, H, W where both lie
-    in the soft tissue window, in its widths; size of the detail bands of two Haar levels, of the whole range and of the window.
+    How often BINS values from -1 to 1 occur, but those of air; size of the detail bands of two Haar levels, of the whole range
+    and of the soft tissue window; mean |difference| of neighbours at LAGS along D, H, W where both lie in it, in its widths.
     All but the differences are per voxel that is not air: how much of a patch is air is a matter of where it lies.
     """
     d, h, w = (size // 4 * 4 for size in x.shape[2:])
