@@ -202,9 +202,9 @@ class Finish(Training):
     lr: Positive = 2e-4
     save_every: int = Field(200, ge=1)
     drawn: Steps = Field(40, description="samples of the flow that are drawn to train on")
-    adversarial_weight: float = Field(0.03, ge=0)
-    feature_weight: float = Field(0.3, ge=0, description="on the discriminator's features of what is reconstructed")
-    moments_weight: float = Field(0.1, ge=0, description="on the means of simple statistics of texture")
+    adversarial_weight: float = Field(0.5, ge=0, description="pull of the discriminator, as a share of the reconstruction's")
+    feature_weight: float = Field(0.5, ge=0, description="pull towards its features of what is reconstructed")
+    moments_weight: float = Field(0.5, ge=0, description="pull of the means of simple statistics, where they are a spread apart")
     latent_noise: float = Field(0.1, ge=0, description="noise on the encoded latents, in standard deviations")
     discriminator_width: int = Field(32, ge=1, le=1024)
     discriminator_lr: Positive = 2e-4

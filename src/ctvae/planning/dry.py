@@ -127,8 +127,10 @@ def training(cfg: Config, kernels: Kernels, make: Builder = build) -> TrainingCo
 def polish(cfg: Config, kernels: Kernels) -> int:
     """Peak of `polish_decoder`: a step as it is after the first, validation and saving."""
 
-    def draw(network: Wavelet3DVAE, pair: Pair, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return DecoderObjective(network, pair.discriminator, cfg)(x, generator(0, 0))
+    def draw(network: Wavelet3DVAE, pair: Pair, x: Tensor) -> Tensor:
+        y, terms = DecoderObjective(network, pair.discriminator, cfg)(x, generator(0, 0))
+        torch.stack(list(terms.values())).sum().backward()
+        return y
 
     return _decoder_against_a_judge(cfg, cfg.polish, Pair, draw, kernels)
 
@@ -137,18 +139,20 @@ def finish(cfg: Config, kernels: Kernels) -> int:
     """Peak of `finish_decoder`, of which half of each batch has been drawn: a step, validation and saving."""
     soft = Reconstruction(cfg.autoencoder, cfg.data.window_hu).soft
 
-    def draw(network: Wavelet3DVAE, pair: Pair, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def draw(network: Wavelet3DVAE, pair: Pair, x: Tensor) -> Tensor:
         assert isinstance(pair, FinishedPair)
         sizes = (size // step for size, step in zip(x.shape[2:], network.cfg.grid, strict=True))
         drawn = torch.empty(len(x), network.cfg.latent_channels, *sizes)  # [B Z d h w]
-        return FinishObjective(network, pair, cfg)(x, drawn, generator(0, 0))
+        y, pull, _ = FinishObjective(network, pair, cfg)(x, drawn, generator(0, 0))
+        y.backward(gradient=pull)
+        return y
 
     return _decoder_against_a_judge(cfg, cfg.finish, partial(FinishedPair, soft=soft), draw, kernels)
 
 
 def _decoder_against_a_judge(
     cfg: Config, settings: Polish | Finish, make_pair: Callable[..., Pair],
-    draw: Callable[[Wavelet3DVAE, Pair, Tensor], tuple[Tensor, dict[str, Tensor]]], kernels: Kernels,
+    draw: Callable[[Wavelet3DVAE, Pair, Tensor], Tensor], kernels: Kernels,
 ) -> int:  # fmt: skip
     with dry_run(kernels) as ledger:
         network = _network(cfg, whole(cfg))
@@ -167,8 +171,7 @@ def _decoder_against_a_judge(
         x = torch.empty(settings.batch, 1, *step_shape(cfg))  # [B 1 D H W]
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
             pair.discriminator.requires_grad_(False)
-            y, terms = draw(network, pair, x)
-            torch.stack(list(terms.values())).sum().backward()
+            y = draw(network, pair, x)
             pair.discriminator.requires_grad_(True)
             DiscriminatorObjective(pair.discriminator)(x, y.detach()).backward()
         nn.utils.clip_grad_norm_(pair.decoder.parameters(), settings.max_grad_norm)

@@ -27,6 +27,7 @@ from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks
 from ctvae.runlog import Clock, Curve, Run
 from ctvae.training.autoencoder import HeldOut, Reconstruction, load_autoencoder, save_autoencoder, validate
+from ctvae.training.balance import Balance
 from ctvae.training.drawn import DrawnLatents
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
@@ -35,6 +36,7 @@ from ctvae.training.optimizer import build_optimizer
 from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, gradient_norm, noisy_latents
 from ctvae.training.tally import Tally
 
+PULLS = ("reconstruction", "adversarial", "features", "moments")
 DRAWING = 0.3  # of the stage's minutes at most
 
 
@@ -44,6 +46,7 @@ class FinishedPair(Pair):
     def __init__(self, decoder: nn.Module, discriminator: PatchDiscriminator, soft: tuple[float, float], ranks: Ranks = ALONE):
         super().__init__(decoder, discriminator)
         self.reconstructed, self.drawn = Moments(soft, ranks.mean), Moments(soft, ranks.mean)
+        self.balance = Balance(PULLS, ranks.mean)
 
 
 class FinishObjective(nn.Module):
@@ -54,21 +57,26 @@ class FinishObjective(nn.Module):
         self.network, self.pair, self.cfg, self.ranks = network, pair, cfg.finish, ranks
         self.reconstruction = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
 
-    def forward(self, x: Tensor, drawn: Tensor, random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Real patches x [B 1 D H W] and drawn latents [B Z d h w] -> decoded ones [2B 1 D H W] and the loss terms."""
-        cfg, network = self.cfg, self.network
+    def forward(self, x: Tensor, drawn: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Real patches x [B 1 D H W] and drawn latents [B Z d h w] -> decoded ones [2B 1 D H W], where they are pulled, the losses."""
+        cfg, pair, network = self.cfg, self.pair, self.network
         encoded = noisy_latents(network, x, cfg.latent_noise, random, self.ranks)
         y = network.decode(torch.cat((encoded, drawn.to(encoded.dtype)))).float()
         again, made = y.chunk(2)
-        logits, fake = self.pair.discriminator(y)
+        logits, fake = pair.discriminator(y)
         with torch.no_grad():
-            _, real = self.pair.discriminator(x)
+            _, real = pair.discriminator(x)
         terms = {
-            "adversarial": -cfg.adversarial_weight * logits.float().mean(),
-            "features": cfg.feature_weight * losses.feature_matching(real, [f[: len(x)] for f in fake], self.ranks.mean).float(),
-            "moments": cfg.moments_weight * (self.pair.reconstructed(again, x) + self.pair.drawn(made, x)) / 2,
+            "reconstruction": torch.stack(list(self.reconstruction(again, x).values())).sum(),
+            "adversarial": -logits.float().mean(),
+            "features": losses.feature_matching(real, [f[: len(x)] for f in fake], self.ranks.mean).float(),
+            "moments": (pair.reconstructed(again, x) + pair.drawn(made, x)) / 2,
         }
-        return y, {**self.reconstruction(again, x), **terms}
+        off = torch.cat((pair.reconstructed.off(), pair.drawn.off())).square().mean().sqrt().clamp_max(1)
+        weights = {
+            "adversarial": cfg.adversarial_weight, "features": cfg.feature_weight, "moments": cfg.moments_weight * off,
+        }  # fmt: skip
+        return y, pair.balance(y, terms, weights), terms
 
 
 def finish_decoder(
@@ -144,8 +152,8 @@ def finish_decoder(
                 size: Size3 = (x.shape[2], x.shape[3], x.shape[4])
                 drawn = fabric.to_device(samples.batch(settings.batch, size, cfg.seed + 3, part))  # [B Z d h w]
                 pair.discriminator.requires_grad_(False)
-                y, terms = draw(x, drawn, generator(cfg.seed + 3, part))
-                fabric.backward(sum(terms.values()) / settings.accumulate)
+                y, pull, terms = draw(x, drawn, generator(cfg.seed + 3, part))
+                fabric.backward(y, gradient=pull / settings.accumulate)
                 pair.discriminator.requires_grad_(True)
                 terms["discriminator"] = tell(x, y.detach())
                 fabric.backward(terms["discriminator"] / settings.accumulate)
