@@ -1,8 +1,9 @@
 """Several losses of one decoded volume, of which each pulls as hard as its weight says, whatever its own scale.
 
 An adversary's gradient is a hundredth of the reconstruction's while it knows nothing and a hundred times as large once it knows
-everything; no fixed factor is right for both. So gradients are taken with regard to the decoded volume y, brought to one size there,
-weighted, and only their sum goes on into the decoder (Defossez et al. 2022, "High fidelity neural audio compression", section 3.4):
+everything; no fixed factor is right for both. So gradients are taken with regard to the decoded volume y, brought to one size
+there, weighted, and only their sum goes on into the decoder (Defossez et al. 2022, "High fidelity neural audio compression",
+section 3.4):
 
     pull = g_0 + sum_i w_i g_i |g_0| / |g_i|,   g_i = d loss_i / d y,   |g|: running mean of its norm
 
