@@ -22,8 +22,6 @@ from ctvae.models.blocks import Conv
 BANDS = 16  # two views of eight
 DECAY = 0.999
 LEAST_SPREAD = 1e-3
-NOISE = 0.5  # spreads of a band
-Noise = Callable[[torch.Size], Tensor]
 
 
 class PatchDiscriminator(nn.Module):
@@ -49,15 +47,9 @@ class PatchDiscriminator(nn.Module):
         )
         self.out = nn.Conv3d(2 * width, 1, kernel_size=1)
 
-    def forward(self, x: Tensor, noise: Noise | None = None) -> tuple[Tensor, list[Tensor]]:  # [B 1 D H W]
-        """Logits (high: real) and the features of every layer, fine to coarse.
-
-        `noise`, given a shape, is added to the standardised bands: real and decoded patches then overlap, and the discriminator can
-        neither win outright nor go by what nobody sees (Sonderby et al. 2017, "instance noise").
-        """
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:  # [B 1 D H W]
+        """Logits (high: real) and the features of every layer, fine to coarse."""
         x, features = self._standard(self._bands(x)), []
-        if noise is not None:
-            x = x + NOISE * noise(x.shape).to(x.device)
         for number, layer in enumerate(self.layers):
             if number == 1:
                 x = haar.forward(x)  # halves D, H, W

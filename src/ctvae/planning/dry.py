@@ -173,7 +173,7 @@ def _decoder_against_a_judge(
             pair.discriminator.requires_grad_(False)
             y = draw(network, pair, x)
             pair.discriminator.requires_grad_(True)
-            DiscriminatorObjective(pair.discriminator)(x, y.detach(), generator(0, 0)).backward()
+            DiscriminatorObjective(pair.discriminator)(x, y.detach()).backward()
         nn.utils.clip_grad_norm_(pair.decoder.parameters(), settings.max_grad_norm)
         for optimizer in optimizers:
             optimizer.step()

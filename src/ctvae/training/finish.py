@@ -11,7 +11,6 @@ Shapes:  B batch   D H W voxels   Z latent channels   d h w latent voxels
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.moments import Moments
 from ctvae.training.optimizer import build_optimizer
-from ctvae.training.polish import JUDGE, DiscriminatorObjective, Pair, build_judge, gradient_norm, noisy_latents
+from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, gradient_norm, noisy_latents
 from ctvae.training.tally import Tally
 
 PULLS = ("reconstruction", "adversarial", "features", "moments")
@@ -64,14 +63,13 @@ class FinishObjective(nn.Module):
         encoded = noisy_latents(network, x, cfg.latent_noise, random, self.ranks)
         y = network.decode(torch.cat((encoded, drawn.to(encoded.dtype)))).float()
         again, made = y.chunk(2)
-        logits, _ = pair.discriminator(y, partial(self.ranks.normal, random=random))
-        _, fake = pair.discriminator(again)
+        logits, fake = pair.discriminator(y)
         with torch.no_grad():
             _, real = pair.discriminator(x)
         terms = {
             "reconstruction": torch.stack(list(self.reconstruction(again, x).values())).sum(),
             "adversarial": -logits.float().mean(),
-            "features": losses.feature_matching(real, fake, self.ranks.mean).float(),
+            "features": losses.feature_matching(real, [f[: len(x)] for f in fake], self.ranks.mean).float(),
             "moments": (pair.reconstructed(again, x) + pair.drawn(made, x)) / 2,
         }
         off = torch.cat((pair.reconstructed.off(), pair.drawn.off())).square().mean().sqrt().clamp_max(1)
@@ -157,7 +155,7 @@ def finish_decoder(
                 y, pull, terms = draw(x, drawn, generator(cfg.seed + 3, part))
                 fabric.backward(y, gradient=pull / settings.accumulate)
                 pair.discriminator.requires_grad_(True)
-                terms["discriminator"] = tell(x, y.detach(), generator(cfg.seed + 3, part, stream=JUDGE))
+                terms["discriminator"] = tell(x, y.detach())
                 fabric.backward(terms["discriminator"] / settings.accumulate)
                 for name, value in terms.items():
                     losses_of_step[name] = losses_of_step.get(name, 0.0) + value.detach().float() / settings.accumulate

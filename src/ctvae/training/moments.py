@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctvae import haar
@@ -75,23 +76,23 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
 
     How often BINS values from -1 to 1 occur, but those of air; size of the detail bands of two Haar levels, of the whole range
     and of the soft tissue window; mean |difference| of neighbours at LAGS along D, H, W where both lie in it, in its widths.
-    All but the differences are per voxel that is not air: how much of a patch is air is a matter of where it lies.
+    Air counts for nothing: how much of a patch is air is a matter of where it lies, and nothing is to be gained by ripples in it.
     """
     d, h, w = (size // 4 * 4 for size in x.shape[2:])
     x = x[..., :d, :h, :w].float().clamp(-1, 1)
     low, high = soft
-    share = (x.detach() > AIR).float().mean().clamp_min(LEAST_SHARE)
-    extents = torch.cat([_shares(x), _bands(x), _bands(x.clamp(low, high) * (2 / (high - low)))]) / share
-    return torch.cat([extents, _steps(x, low, high)])
+    inside = (x.detach() > AIR).float()
+    window = x.clamp(low, high) * (2 / (high - low))
+    return torch.cat([_shares(x, inside), _bands(x, inside), _bands(window, inside), _steps(x, low, high)])
 
 
-def _shares(x: Tensor) -> Tensor:
+def _shares(x: Tensor, inside: Tensor) -> Tensor:
     """A histogram that gradients pass: each value is shared by its two nearest bins in proportion."""
     place = (x.flatten() + 1) * (BINS - 1) / 2
     below = place.detach().floor().clamp(0, BINS - 2)
     above = place - below  # share of the upper bin
     counts = x.new_zeros(BINS).index_add(0, below.long(), 1 - above).index_add(0, below.long() + 1, above)
-    return counts[AIR_BINS:] / place.numel()
+    return counts[AIR_BINS:] / _size(inside)
 
 
 def _steps(x: Tensor, low: float, high: float) -> Tensor:
@@ -106,6 +107,15 @@ def _steps(x: Tensor, low: float, high: float) -> Tensor:
     return torch.stack(found)
 
 
-def _bands(x: Tensor) -> Tensor:
-    fine = haar.forward(x)
-    return torch.cat([bands[:, 1:].abs().mean((0, 2, 3, 4)) for bands in (fine, haar.forward(fine[:, :1]))])
+def _bands(x: Tensor, inside: Tensor) -> Tensor:
+    """Where a cell holds anything but air."""
+    found = []
+    for _ in range(2):
+        bands, inside = haar.forward(x), F.max_pool3d(inside, 2)  # [B 8 d h w], [B 1 d h w]
+        found.append((bands[:, 1:].abs() * inside).sum((0, 2, 3, 4)) / _size(inside))
+        x = bands[:, :1]
+    return torch.cat(found)
+
+
+def _size(inside: Tensor) -> Tensor:
+    return inside.sum().clamp_min(LEAST_SHARE * inside.numel())

@@ -13,8 +13,6 @@ Shapes:  B batch   D H W voxels   Z latent channels
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -33,8 +31,6 @@ from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
 from ctvae.training.tally import Tally
-
-JUDGE = 43  # the stream of randomness that the discriminator sees by
 
 
 class Pair(nn.Module):
@@ -58,8 +54,7 @@ class DecoderObjective(nn.Module):
     def forward(self, x: Tensor, random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Decoded patches [B 1 D H W] and the loss terms."""
         y = self.network.decode(noisy_latents(self.network, x, self.cfg.latent_noise, random, self.ranks)).float()
-        logits, _ = self.discriminator(y, partial(self.ranks.normal, random=random))
-        _, fake = self.discriminator(y)
+        logits, fake = self.discriminator(y)
         with torch.no_grad():
             _, real = self.discriminator(x)
         adversarial = {
@@ -74,11 +69,9 @@ class DiscriminatorObjective(nn.Module):
         super().__init__()
         self.discriminator, self.ranks = discriminator, ranks
 
-    def forward(self, real: Tensor, fake: Tensor, random: torch.Generator) -> Tensor:  # [B 1 D H W] each
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:  # [B 1 D H W] each
         self.discriminator.observe(real, self.ranks.mean)
-        noise = partial(self.ranks.normal, random=random)
-        of_real, of_fake = (self.discriminator(x, noise)[0].float() for x in (real, fake))
-        return losses.hinge_discriminator(of_real, of_fake)
+        return losses.hinge_discriminator(self.discriminator(real)[0].float(), self.discriminator(fake)[0].float())
 
 
 def noisy_latents(network: Autoencoder, x: Tensor, noise: float, random: torch.Generator, ranks: Ranks = ALONE) -> Tensor:
@@ -173,7 +166,7 @@ def polish_decoder(
                 y, terms = draw(x, generator(cfg.seed + 1, part))
                 fabric.backward(sum(terms.values()) / settings.accumulate)
                 pair.discriminator.requires_grad_(True)
-                terms["discriminator"] = tell(x, y.detach(), generator(cfg.seed + 1, part, stream=JUDGE))
+                terms["discriminator"] = tell(x, y.detach())
                 fabric.backward(terms["discriminator"] / settings.accumulate)
                 for name, value in terms.items():
                     losses_of_step[name] = losses_of_step.get(name, 0.0) + value.detach().float() / settings.accumulate
