@@ -3,7 +3,7 @@
 Until here the decoder has seen latents of real scans alone. A prior's samples are a little off, and what comes of them is softer,
 or has texture that no scan has. Here half of each batch is patches of real scans, reconstructed, and half is patches of latents
 that the flow drew, of which no original exists. The former are held to their originals (`polish.py`'s losses); both are held to
-real patches by a patch discriminator (hinge loss) and by the means of simple statistics (`moments.py`).
+real patches by a patch discriminator and by the means of simple statistics (`moments.py`).
 
 Shapes:  B batch   D H W voxels   Z latent channels   d h w latent voxels
 """
@@ -32,6 +32,7 @@ from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.moments import Moments
 from ctvae.training.optimizer import build_optimizer
+from ctvae.training.perceptual import PerceptualTerm, perceptual_term
 from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, gradient_norm, noisy_latents
 from ctvae.training.tally import Tally
 
@@ -49,9 +50,13 @@ class FinishedPair(Pair):
 class FinishObjective(nn.Module):
     """The decoder's losses in one forward call."""
 
-    def __init__(self, network: Autoencoder, pair: FinishedPair, cfg: Config, ranks: Ranks = ALONE):
+    def __init__(
+        self, network: Autoencoder, pair: FinishedPair, cfg: Config, ranks: Ranks = ALONE,
+        perceptual: PerceptualTerm | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.network, self.pair, self.cfg, self.ranks = network, pair, cfg.finish, ranks
+        self.perceptual = perceptual
         self.reconstruction = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
 
     def forward(self, x: Tensor, drawn: Tensor, random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -64,10 +69,12 @@ class FinishObjective(nn.Module):
         with torch.no_grad():
             _, real = self.pair.discriminator(x)
         terms = {
-            "adversarial": -cfg.adversarial_weight * logits.float().mean(),
+            "adversarial": cfg.adversarial_weight * losses.deceiving(logits.float(), cfg.adversarial),
             "features": cfg.feature_weight * losses.feature_matching(real, [f[: len(x)] for f in fake], self.ranks.mean).float(),
             "moments": cfg.moments_weight * (self.pair.reconstructed(again, x) + self.pair.drawn(made, x)) / 2,
         }
+        if self.perceptual is not None:
+            terms["perceptual"] = cfg.perceptual_weight * self.perceptual(again, x, random)
         return y, {**self.reconstruction(again, x), **terms}
 
 
@@ -76,7 +83,7 @@ def finish_decoder(
 ) -> None:
     """Train the decoder of a run with a finished prior; resumes from `run`. Replaces run/autoencoder.safetensors at the end.
 
-    Raises TrainingDiverged when losses or gradients stay other than finite.
+    Raises TrainingDiverged when losses or gradients stay other than finite, ConfigError without the perceptual network.
     """
     settings = cfg.finish
     fabric = make_fabric(settings.precision, ranks)
@@ -99,9 +106,10 @@ def finish_decoder(
     samples.draw(Model(run.folder), math.inf if settings.minutes is None else 60 * settings.minutes * DRAWING)
     curve = Curve(run, "finish", start)
     pair.discriminator.requires_grad_(False)  # processes exchange the gradients of what learns in each
-    draw, fabric_optimizer = fabric.setup(FinishObjective(network, pair, cfg, ranks), optimizer)
+    perceptual = perceptual_term(settings.perceptual)
+    draw, fabric_optimizer = fabric.setup(FinishObjective(network, pair, cfg, ranks, perceptual), optimizer)
     pair.discriminator.requires_grad_(True)
-    tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator), judge)
+    tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator, settings.adversarial), judge)
     tally = Tally(settings, ranks, meta)
     step, logged, held_out = start, start, HeldOut()
 
