@@ -30,7 +30,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from ctvae import planner
 from ctvae.checkpoint import load
 from ctvae.config import Config, Size3, load_recipe
 from ctvae.dataset import Group
@@ -109,7 +108,7 @@ def predicted_bytes(setting: Setting) -> int:
     if setting.what == "prior":
         return max(dry.prior(cfg, VALIDATION_GROUPS, kernels).values())
     use = {"encode": dry.encoding, "decode": dry.decoding}[setting.what]
-    return use(cfg, dry.whole(cfg), planner.TILE_VOXELS, kernels)
+    return use(cfg, dry.whole(cfg), cfg.data.tile, kernels)
 
 
 # --- in the fresh process ------------------------------------------------------------------------------------------------
