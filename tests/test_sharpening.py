@@ -124,6 +124,23 @@ def test_monai_is_asked_for_the_loss_that_was_named(monkeypatch):
     assert perceptual_term("none") is None
 
 
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [("medicalnet_resnet10_23datasets", nn.Conv3d(1, 4, 3)), ("radimagenet_resnet50", nn.Conv2d(3, 4, 3))],
+)
+def test_monais_own_losses_take_our_patches(monkeypatch, name, network):
+    """With a network of one layer where the downloaded one would be."""
+    monkeypatch.setattr(torch.hub, "load", lambda *_, **__: network)
+    term, y = perceptual_term(name), volume(0).requires_grad_()
+    assert term(y, volume(0), torch.Generator()).item() == pytest.approx(0, abs=1e-6)
+    apart = term(y, volume(1), torch.Generator())
+    apart.backward()
+    assert apart.shape == ()
+    assert apart > 0.01
+    assert y.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
 def test_a_polish_with_it(tiny_dataset, tiny_settings, tmp_path, monkeypatch):
     monkeypatch.setattr(monai.losses, "PerceptualLoss", AbsoluteError)
     run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=[*tiny_settings, "polish.perceptual=squeeze"])
