@@ -30,7 +30,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from ctvae import planner
 from ctvae.checkpoint import load
 from ctvae.config import Config, Size3, load_recipe
 from ctvae.dataset import Group
@@ -86,6 +85,7 @@ SETTINGS = [
     Setting("wavelet3d", "64x256x256", what="polish", overrides=(*WHOLE, "polish.batch=1")),
     Setting("wavelet3d", "64x128x128", what="polish"),
     Setting("wavelet3d", "64x128x128", what="polish", overrides=("data.patch=null", "polish.batch=1")),
+    Setting("wavelet3d", "64x128x128", what="polish", overrides=("polish.patch=whole", "polish.batch=1")),
     Setting("wavelet3d", "64x256x256", what="encode"),
     Setting("wavelet3d", "64x256x256", what="decode"),
     Setting("wavelet3d", "64x128x128", what="prior"),
@@ -109,7 +109,7 @@ def predicted_bytes(setting: Setting) -> int:
     if setting.what == "prior":
         return max(dry.prior(cfg, VALIDATION_GROUPS, kernels).values())
     use = {"encode": dry.encoding, "decode": dry.decoding}[setting.what]
-    return use(cfg, dry.whole(cfg), planner.TILE_VOXELS, kernels)
+    return use(cfg, dry.whole(cfg), cfg.data.tile, kernels)
 
 
 # --- in the fresh process ------------------------------------------------------------------------------------------------
@@ -127,14 +127,14 @@ def work(setting: Setting, size: Size3, folder: Path) -> dict[str, int]:
     """Train on random groups and use the model; the peak of each part over what was resident before it."""
     cfg = setting.config(size)
     hu = np.random.default_rng(0).integers(-1000, 1000, dry.whole(cfg), dtype=np.int16)
-    groups = random_groups(cfg, hu)
+    groups, polished = (random_groups(cfg, hu, stage) for stage in ("autoencoder", "polish"))
     run = Run.create_or_resume(folder, cfg, "random")
     before = baseline()
     train_autoencoder(run, cfg, groups, groups)
     peaks = {"train": high_water() - before}
     if setting.what == "polish":
         before = baseline()
-        polish_decoder(run, cfg, groups, groups)
+        polish_decoder(run, cfg, polished, polished)
         peaks["polish"] = high_water() - before
     elif setting.what == "prior":
         before = baseline()
@@ -159,10 +159,11 @@ def encoded(folder: Path, cfg: Config, groups: TrainingGroups) -> LatentSet:
     return LatentSet.load(folder / "latents")
 
 
-def random_groups(cfg: Config, hu: np.ndarray) -> TrainingGroups:
-    """As many groups as validation looks at, all the same array."""
+def random_groups(cfg: Config, hu: np.ndarray, stage: str) -> TrainingGroups:
+    """As many groups as validation looks at, all the same array, by the patches of `stage`."""
+    data = cfg.data.model_copy(update={"patch": cfg.patch_of(stage)})
     group = Group("random", "random", "train", "", None, hu.shape, (1.0, 1.0, 1.0), np.eye(4), 0.5, 0, "random", "")
-    return TrainingGroups(SimpleNamespace(hu=lambda _: hu), [group] * VALIDATION_GROUPS, cfg.data, dry.whole(cfg))
+    return TrainingGroups(SimpleNamespace(hu=lambda _: hu), [group] * VALIDATION_GROUPS, data, dry.whole(cfg))
 
 
 def baseline() -> int:

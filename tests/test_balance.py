@@ -41,12 +41,19 @@ def test_sizes_are_running_means():
 def test_a_loss_that_does_not_pull_yet_is_not_counted():
     balance = Balance(("first", "second"))
     for _ in range(50):
-        pulled(balance, np.zeros(2, dtype=np.float32), 1.0)
+        pulled(balance, np.zeros(2, dtype=np.float32), 1.0, second=0.5)
     y = np.array([0.6, -0.8], dtype=np.float32)
     np.testing.assert_allclose(pulled(balance, y, 1.0, second=0.5), np.array([3, 4]) + 0.5 * 5 * y, rtol=1e-5)
 
 
 def test_sizes_are_those_of_all_processes():
     balance = Balance(("first", "second"), average=lambda sizes: sizes + 1)
-    pulled(balance, np.array([0.6, -0.8], dtype=np.float32), 1.0)
+    pulled(balance, np.array([0.6, -0.8], dtype=np.float32), 1.0, second=1.0)
     assert balance.sizes.tolist() == pytest.approx([6.0, 3.0])
+
+
+def test_a_loss_that_is_not_there_pulls_nothing():
+    y = torch.tensor([0.6, -0.8], requires_grad=True)
+    balance = Balance(("first", "second"))
+    np.testing.assert_allclose(balance(y, {"first": (y * A).sum()}, {"second": 1.0}).numpy(), [3, 4])
+    assert balance.seen.tolist() == [1, 0]

@@ -77,6 +77,9 @@ WRONG_OVERRIDES = {
     "autoencoder.save_every=30": "save_every 30 is not a multiple of log_every 20",
     "data.window_hu=lung": "window_hu: 'lung' is not one of full, abdomen, soft",
     "data.window_hu=[200, -50]": "window_hu: 200 is not below -50",
+    "polish.adversarial=wgan": "polish.adversarial: Input should be 'hinge' or 'lsgan'",
+    "polish.patch=hole": "polish.patch: 'hole' is neither a size, e.g. [32, 96, 96], nor whole",
+    "finish.patch=[0, 96, 96]": "finish.patch.0: Input should be greater than or equal to 1",
     "autoencoder.lr={": "cannot read the value '{'",
 }
 
@@ -114,6 +117,12 @@ def test_windows_have_names(name, window_hu):
 
 def test_the_groups_window_is_a_preset():
     assert WINDOW_PRESETS_HU["abdomen"] == (-50.0, 200.0)  # issue 2
+
+
+def test_each_stage_has_its_own_patch_or_that_of_the_data():
+    cfg = load_recipe("wavelet3d", ["data.patch=[32,48,64]", "polish.patch=whole", "finish.patch=[32,96,96]"])
+    assert [cfg.patch_of(stage) for stage in ("autoencoder", "polish", "finish")] == [(32, 48, 64), None, (32, 96, 96)]
+    assert load_recipe("wavelet3d").patch_of("polish") == load_recipe("wavelet3d").data.patch
 
 
 def test_settings_cannot_be_changed_after_they_are_checked():

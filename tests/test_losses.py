@@ -88,3 +88,35 @@ def test_the_detail_gap_does_not_ask_where_an_edge_lies():
 def test_the_detail_gap_takes_any_size(shape):
     x = torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(0))
     assert 4 < losses.detail_gap_db(x, 0.5 * x) < 20 * math.log10(2) + 1e-3
+
+
+REAL, FAKE = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("kind", "judging", "deceiving"),
+    [
+        ("hinge", (0 + 0.5) / 2 + (0 + 1.5) / 2, (2.0 - 0.5) / 2),
+        ("lsgan", 0.5 * (1 + 0.25) / 2 + 0.5 * (4 + 0.25) / 2, 0.5 * (9 + 0.25) / 2),
+    ],
+)
+def test_adversarial_losses_of_logits_that_are_known(kind, judging, deceiving):
+    assert losses.judging(REAL, FAKE, kind).item() == pytest.approx(judging)
+    assert losses.deceiving(FAKE, kind).item() == pytest.approx(deceiving)
+
+
+def test_the_least_squares_judge_tells_the_share_of_real_ones():
+    """Where real and decoded ones cannot be told apart, its best logit is a half (Mao et al. 2017); hinge has no opinion."""
+    logit = torch.tensor(0.5, requires_grad=True)
+    for kind in ("lsgan", "hinge"):
+        (slope,) = torch.autograd.grad(losses.judging(logit, logit, kind), logit)
+        assert slope.item() == pytest.approx(0)
+    (slope,) = torch.autograd.grad(losses.judging(logit + 0.1, logit + 0.1, "lsgan"), logit)
+    assert slope.item() == pytest.approx(2 * 0.1)
+
+
+@pytest.mark.parametrize("kind", ["hinge", "lsgan"])
+def test_what_deceives_is_what_the_judge_takes_for_real(kind):
+    logit = torch.tensor([-0.5, 0.2], requires_grad=True)
+    (slope,) = torch.autograd.grad(losses.deceiving(logit, kind), logit)
+    assert (slope < 0).all()

@@ -313,6 +313,19 @@ def test_a_patch_of_any_size_is_put_on_the_grid(tiny_dataset, tiny_settings, tmp
         settings.settle(Dataset.open(tiny_dataset), tmp_path / "run", flat)
 
 
+def test_training_without_bf16_is_in_float32(tiny_dataset, tiny_settings, tmp_path, monkeypatch):
+    """Even where no plan is made for lack of memory; what was set is left alone, and the same command resumes with it."""
+    free = tuple(text for text in tiny_settings if not text.startswith("autoencoder.precision"))
+    asked = settings.Asked((*free, "prior.precision=bf16"))
+    monkeypatch.setattr(planner, "computes_bf16", lambda: False)
+    found = settings.settle(Dataset.open(tiny_dataset), tmp_path / "run", asked)
+    assert (found.cfg.autoencoder.precision, found.cfg.prior.precision) == ("fp32", "bf16")
+    assert found.planned == ("autoencoder.precision=fp32",)
+    assert found.note == "fp32, as this machine does not compute in bf16"
+    monkeypatch.setattr(planner, "computes_bf16", lambda: True)
+    assert settings.settle(Dataset.open(tiny_dataset), tmp_path / "run", asked).planned == ()
+
+
 def test_a_run_may_be_planned_anew_but_stays_the_same_network(tiny_dataset, tiny_settings, tmp_path):
     run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=tiny_settings)
     file = tmp_path / "plan.yaml"

@@ -149,3 +149,18 @@ def test_the_recipe_names_the_optimizer():
     adam = build_optimizer(network, Training(optimizer="adam", lr=0.3))
     assert isinstance(adam, torch.optim.Adam)
     assert adam.param_groups[0]["lr"] == 0.3
+
+
+def test_a_beginning_is_the_state_of_a_step_that_changes_nothing():
+    """Zero gradients: the planner makes the state without following a step's arithmetic."""
+    torch.manual_seed(0)
+    states = []
+    for begin in (True, False):
+        layer = torch.nn.Linear(4, 3)
+        for parameter in layer.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer = Muon(layer, lr=0.1)
+        optimizer.begin() if begin else optimizer.step()
+        states.append([{k: v.shape for k, v in optimizer.state[p].items()} for p in layer.parameters()])
+    assert states[0] == states[1]
+    assert [sorted(state) for state in states[0]] == [["momentum"], ["mean", "square", "step"]]

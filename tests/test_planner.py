@@ -20,6 +20,7 @@ from torch import nn
 from ctvae import __main__, planner
 from ctvae.config import RECIPES, load_recipe
 from ctvae.errors import ConfigError, DoesNotFit, InputError
+from ctvae.models.wavelet3d import tile_bytes
 from ctvae.planning import dry, planfile
 from ctvae.planning.ledger import dry_run
 from ctvae.planning.sizes import parse_memory, parse_size, smaller, strides_for
@@ -281,6 +282,60 @@ def test_the_polish_is_part_of_it():
     ]
 
 
+def test_a_patch_of_the_polish_is_counted_and_made_smaller_by_itself():
+    small = ("data.patch=[16,64,64]", "finish.enabled=false", "prior.batch=1", "polish.batch=1", "autoencoder.batch=1")
+    taken = [planner.weigh("wavelet3d", planner.Source(SIZE), 24, (*small, f"polish.patch={own}")) for own in ("null", "whole")]
+    assert taken[1].train_phases_gb["polish"] > 1.5 * taken[0].train_phases_gb["polish"]
+    assert taken[1].train_phases_gb["step"] == taken[0].train_phases_gb["step"]
+    assert (taken[1].plan["patch"], taken[1].plan["polish_patch"]) == ((16, 64, 64), "whole")
+    cfg = load_recipe("wavelet3d", [*small, "polish.patch=whole", f"data.shape={list(SIZE)}"])
+    crops = [option.changes for option in planner.options(cfg) if option.label.startswith("patches")]
+    assert crops == [
+        ("polish.patch=[64, 64, 64]",),
+        ("polish.patch=[32, 64, 64]",),
+        ("polish.patch=[16, 64, 64]",),
+        ("model.checkpointing=true", "polish.patch=[16, 64, 64]"),
+    ]
+    pinned = planner.options(cfg, {"polish.patch"})
+    assert not any("polish.patch" in text for option in pinned for text in option.changes), "what the user set is left alone"
+    assert planner.next_smaller(cfg, "polish", {"model.checkpointing"}).changes == ("polish.patch=[64, 64, 64]",)
+    assert planner.next_smaller(cfg, "autoencoder", {"model.checkpointing"}) is None
+
+
+def test_bf16_is_what_a_recipe_in_float32_is_offered():
+    """stack2d-4x32 on 64x256x256 takes 0.86 GB in float32 and 0.82 in bf16; a tenth stays free."""
+    found = planner.plan("stack2d-4x32", (64, 256, 256), 0.94)
+    assert found.fits
+    assert (found.plan["precision"], "planned with bf16" in found.note) == ("bf16", True)
+    assert load_recipe("stack2d-4x32", found.overrides).autoencoder.precision == "bf16"
+    with pytest.raises(DoesNotFit, match=r"needs 0\.86 GB of 0\.94"):
+        planner.plan("stack2d-4x32", (64, 256, 256), 0.94, ("autoencoder.precision=fp32",))
+    cfg = load_recipe("stack2d-4x32", ["data.shape=[64,64,64]", "autoencoder.batch=1", "prior.batch=1", "prior.precision=fp32"])
+    for stage in ("autoencoder", "prior"):
+        assert planner.next_smaller(cfg, stage) == planner.Option("bf16", (f"{stage}.precision=bf16",))
+        assert planner.next_smaller(cfg, stage, {f"{stage}.precision"}) is None
+
+
+def test_a_machine_without_bf16_is_planned_for_in_float32(monkeypatch):
+    asked = ("data.patch=[16,64,64]", "prior.batch=1", "autoencoder.batch=1", "polish.batch=1", "finish.enabled=false")
+    half = planner.weigh("wavelet3d", planner.Source(SIZE), 24, asked)
+    monkeypatch.setattr(planner, "computes_bf16", lambda: False)
+    found = planner.weigh("wavelet3d", planner.Source(SIZE), 24, (*asked, "polish.precision=bf16"))
+    cfg = load_recipe("wavelet3d", found.overrides)
+    assert (cfg.autoencoder.precision, cfg.polish.precision, cfg.prior.precision) == ("fp32", "bf16", "fp32")
+    assert found.note.endswith("; fp32, as this machine does not compute in bf16")
+    assert found.train_phases_gb["step"] > half.train_phases_gb["step"]
+    assert "bf16" not in [option.label for option in planner.options(cfg)]
+    assert planner.precision_overrides(load_recipe("stack2d-small")) == ("prior.precision=fp32",)
+
+
+def test_a_network_that_is_downloaded_is_told_to_be_left_out():
+    asked = ("data.patch=[16,64,64]", "prior.batch=1", "finish.enabled=false", "polish.perceptual=squeeze")
+    note = planner.weigh("wavelet3d", planner.Source((32, 64, 64)), 24, asked).note
+    assert note.endswith("; the network of polish.perceptual is not counted")
+    assert "\n" not in note
+
+
 def test_two_patches_of_the_finish_take_about_as_much_as_three_of_the_polish():
     small = ("data.patch=null", "model.widths=[8,8,16]", "data.shape=[32,64,64]", "polish.batch=3", "finish.batch=1")
     cfg, kernels = load_recipe("wavelet3d", small), Kernels("cpu", torch.get_num_threads())
@@ -309,6 +364,32 @@ def test_decoding_by_tiles_does_not_grow_with_the_features():
         return dry.decoding(config("wavelet3d", size), size, (32, 64, 64), Kernels())
 
     assert peak(512) - peak(256) <= 256 * 256 * 256 * 14  # the volume, two copies of it, int16
+
+
+def test_tiles_are_planned_and_written_down():
+    asked = ("data.patch=[16,64,64]", "autoencoder.batch=1", "polish.enabled=false", "finish.enabled=false")
+    search = planner._Search("wavelet3d", planner.Source((256, 512, 512)), 1.2, asked)
+    cfg = load_recipe("wavelet3d", search._base())
+    use = search._use(cfg)
+    assert use.tile < (96, 256, 256)
+    assert max(use.encoding, use.decoding) <= 0.9 * 1.2e9
+    assert planner._Search("wavelet3d", search.source, 24, asked)._use(cfg).tile == (96, 256, 256)
+    pinned = planner._Search("wavelet3d", search.source, 1.2, (*asked, "data.tile=[96,256,256]"))
+    assert pinned._use(cfg).tile == (96, 256, 256)
+    whole = planner.weigh("wavelet3d", planner.Source((32, 64, 64)), 24, (*asked, "data.tile=[32,64,64]"))
+    assert whole.plan["decode_tile"] == load_recipe("wavelet3d", whole.overrides).data.tile == (32, 64, 64)
+
+
+@pytest.mark.parametrize("settings", [(), ("autoencoder.precision=fp32",), ("model.widths=[96,128,160]",)])
+def test_a_model_knows_what_its_tiles_take_without_a_dry_run(settings):
+    """A little more than the ledger says, weights left out."""
+    size = (256, 256, 256)
+    cfg = config("wavelet3d", size, *settings)
+    weights = 4 * sum(p.numel() for p in dry._shapes_only(cfg).parameters())
+    number = 2 if cfg.autoencoder.precision == "bf16" else 4
+    for tile in ((96, 128, 128), (32, 64, 64)):
+        exact = max(peak(cfg, (512, 512, 512), tile, Kernels("cuda")) for peak in (dry.encoding, dry.decoding)) - weights
+        assert 1 <= tile_bytes(cfg.model, (512, 512, 512), tile, number) / exact < 1.5
 
 
 def test_a_patch_is_put_on_the_grid_and_refused_where_there_are_none():

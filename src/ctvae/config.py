@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ctvae import files
 from ctvae.errors import ConfigError
@@ -31,9 +31,14 @@ WINDOW_PRESETS_HU = {
     "soft": (-160.0, 240.0),
 }
 Size3 = tuple[int, int, int]
+Perceptual = Literal[  # networks that MONAI's PerceptualLoss knows: of 3D scans, then of slices
+    "none", "medicalnet_resnet10_23datasets", "medicalnet_resnet50_23datasets",
+    "radimagenet_resnet50", "resnet50", "squeeze", "alex", "vgg",
+]  # fmt: skip
 Widths = Annotated[tuple[Annotated[int, Field(ge=1, le=8192)], ...], Field(min_length=1, max_length=12)]
 Blocks = Annotated[tuple[Annotated[int, Field(ge=0, le=64)], ...], Field(max_length=12)]
 Steps = Annotated[int, Field(ge=1)]
+Sides = tuple[Steps, Steps, Steps]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -124,6 +129,7 @@ class Data(Section):
     window_hu: tuple[float, float] = Field((-1000.0, 1000.0), description="HU mapped to -1..1; values beyond are clipped")
     shape: Size3 | None = Field(None, description="D H W of a training group; none: the dataset's largest, on the model's grid")
     patch: Size3 | None = Field(None, description="random crop per training step; none: whole groups (wavelet3d only)")
+    tile: Sides = Field((96, 256, 256), description="D H W of the largest tile of encoding and decoding, without its halo")
     max_shift_voxels: Size3 = Field((0, 4, 4), description="random shift of each training group along D H W")
     noise_hu: float = Field(0.0, ge=0, description="standard deviation of the noise added to training groups")
 
@@ -180,34 +186,44 @@ class AutoencoderTraining(Training):
     compile: bool = Field(False, description="torch.compile encoder and decoder: minutes at the start; no plan knows its memory")
 
 
-class Polish(Training):
-    """Sharpening the decoder against a patch discriminator once the autoencoder is trained (spatial latents only)."""
+class Sharpening(Training):
+    """What `polish` and `finish` have in common: a decoder against a patch discriminator (spatial latents only)."""
 
     enabled: bool = False
     steps: Steps = 2000
     lr: Positive = 2e-4
-    save_every: int = Field(40, ge=1, description="steps from one held-out score to the next; the best weights are kept")
+    patch: Sides | Literal["whole"] | None = Field(None, description="random crop per step, or `whole` groups; none: data.patch")
+    adversarial: Literal["hinge", "lsgan"] = Field("hinge", description="which loss on the discriminator's logits")
     adversarial_weight: float = Field(0.03, ge=0)
-    feature_weight: float = Field(0.3, ge=0, description="on the discriminator's features: the perceptual loss")
-    latent_noise: float = Field(0.1, ge=0, description="noise on the latents, in standard deviations")
-    discriminator_width: int = Field(32, ge=1, le=1024)
-    discriminator_lr: Positive = 2e-4
-
-
-class Finish(Training):
-    """Training the decoder on what the flow draws, once there is a prior (spatial latents only; `training/finish.py`)."""
-
-    enabled: bool = False
-    steps: Steps = 2000
-    lr: Positive = 2e-4
-    save_every: int = Field(200, ge=1)
-    drawn: Steps = Field(40, description="samples of the flow that are drawn to train on")
-    adversarial_weight: float = Field(0.5, ge=0, description="pull of the discriminator, as a share of the reconstruction's")
-    feature_weight: float = Field(0.5, ge=0, description="pull towards its features of what is reconstructed")
-    moments_weight: float = Field(0.5, ge=0, description="pull of the means of simple statistics, where they are a spread apart")
+    feature_weight: float = Field(0.3, ge=0, description="on the discriminator's features of what is reconstructed")
+    perceptual: Perceptual = Field("none", description="MONAI's pretrained loss besides; its network is downloaded")
+    perceptual_weight: float = Field(0.3, ge=0)
     latent_noise: float = Field(0.1, ge=0, description="noise on the encoded latents, in standard deviations")
     discriminator_width: int = Field(32, ge=1, le=1024)
     discriminator_lr: Positive = 2e-4
+
+    @field_validator("patch", mode="before")
+    @classmethod
+    def _a_size_or_whole(cls, value: Any) -> Any:
+        if not (value is None or value == "whole" or isinstance(value, list | tuple)):
+            raise ValueError(f"{value!r} is neither a size, e.g. [32, 96, 96], nor whole")
+        return value
+
+
+class Polish(Sharpening):
+    """Sharpening the decoder once the autoencoder is trained (`training/polish.py`)."""
+
+    save_every: int = Field(40, ge=1, description="steps from one held-out score to the next; the best weights are kept")
+
+
+class Finish(Sharpening):
+    """Training the decoder on what the flow draws, once there is a prior (`training/finish.py`)."""
+
+    save_every: int = Field(200, ge=1)
+    drawn: Steps = Field(40, description="samples of the flow that are drawn to train on")
+    adversarial_weight: float = Field(1.6, ge=0, description="how hard the discriminator pulls; the reconstruction pulls with 1")
+    feature_weight: float = Field(4.0, ge=0, description="how hard its features of what is reconstructed pull")
+    moments_weight: float = Field(6.0, ge=0, description="how hard means of simple statistics pull where they are a spread apart")
 
 
 class Prior(Training):
@@ -250,6 +266,11 @@ class Config(Section):
     polish: Polish = Polish()
     finish: Finish = Finish()
     prior: Prior = Prior()
+
+    def patch_of(self, stage: str) -> Size3 | None:
+        """D H W of the crop that a step of autoencoder, polish or finish trains on; none: whole groups."""
+        own = getattr(getattr(self, stage), "patch", None)
+        return self.data.patch if own is None else None if own == "whole" else own
 
     @model_validator(mode="after")
     def _only_spatial_decoders_are_sharpened(self) -> Config:
@@ -336,7 +357,7 @@ def _set(tree: dict, override: str) -> None:
 
 def _first_problem(error: ValidationError, tree: Any) -> str:
     problem = error.errors()[0]
-    location = [str(part) for part in problem["loc"] if part not in _KINDS]
+    location = [str(part) for part in problem["loc"] if part not in _KINDS and "[" not in str(part)]  # which of a union
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{key}'{nearest(location[-1], _fields_beside(location, tree)) or _elsewhere(location[-1])}"

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from inspect import signature
 from typing import Any, Literal
 
+import psutil
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -53,6 +54,18 @@ def _shard_network(objective: nn.Module, mesh: DeviceMesh) -> nn.Module:
     assert isinstance(objective.network, nn.Module)
     shard(objective.network, mesh["data_parallel"])
     return objective
+
+
+def computes_bf16() -> bool:
+    """Whether there is arithmetic for bf16 here. Without it that of float32 stands in, and takes many times as long."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def free_bytes() -> int:
+    """Of the CUDA card's memory, or of the machine's."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
 
 
 @contextmanager

@@ -62,9 +62,19 @@ def _detail(x: Tensor, levels: int) -> Tensor:
     return total.flatten()
 
 
-def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss on logits: real ones above 1, decoded ones below -1 (Lim and Ye 2017)."""
+def judging(real: Tensor, fake: Tensor, kind: str) -> Tensor:
+    """What a discriminator minimises, of its logits. hinge: real ones above 1, decoded ones below -1 (Lim and Ye 2017).
+
+    lsgan: real ones at 1, decoded ones at 0, in squares (Mao et al. 2017, equation 9).
+    """
+    if kind == "lsgan":
+        return 0.5 * ((real - 1).square().mean() + fake.square().mean())
     return (1 - real).relu().mean() + (1 + fake).relu().mean()
+
+
+def deceiving(fake: Tensor, kind: str) -> Tensor:
+    """What a decoder minimises, of the logits of what it decoded: the other side of `judging`."""
+    return 0.5 * (fake - 1).square().mean() if kind == "lsgan" else -fake.mean()
 
 
 def feature_matching(real: list[Tensor], fake: list[Tensor], average: Callable[[Tensor], Tensor] = lambda size: size) -> Tensor:

@@ -21,12 +21,13 @@ from ctvae import intensity, preprocess
 from ctvae.checkpoint import built, file_hash, load
 from ctvae.conditions import Known
 from ctvae.config import Config, Size3, Wavelet3D, load_config, nearest
-from ctvae.device import generator, place
+from ctvae.device import free_bytes, generator, place
 from ctvae.errors import InputError, ModelError
 from ctvae.latents import LatentCode
 from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
-from ctvae.models.wavelet3d import halo
+from ctvae.models.wavelet3d import halo, tile_bytes
+from ctvae.planning.sizes import smaller
 from ctvae.priors import CLOSED_FORM
 from ctvae.sampling import Draw, FlowPrior, Sampling, refuse
 from ctvae.tiling import tiled
@@ -35,7 +36,8 @@ from ctvae.volume import Volume
 from ctvae.wiener import WienerVelocity
 
 PACKAGED = Path(__file__).parent / "packaged"
-TILE_VOXELS = (96, 256, 256)  # D H W of an encoding or decoding tile, halo not counted
+SMALLEST_TILE = (32, 64, 64)  # D H W, halo not counted: below that the halo is nearly all of it
+OF_FREE_MEMORY = 0.5  # share that a tile may take
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,18 @@ class Model:
         assert isinstance(self.cfg.model, Wavelet3D)
         grid = self.cfg.model.grid
         one = (1, 1, 1)
-        d, h, w = (max(1, voxels // step) for voxels, step in zip(TILE_VOXELS, grid, strict=True))
         factor_in, factor_out = (grid, one) if encoding else (one, grid)
+        depth, height, width = (side * factor for side, factor in zip(x.shape[2:], factor_out, strict=True))
+        tile = self._tile(self.cfg.model, (depth, height, width))
+        d, h, w = (max(1, voxels // step) for voxels, step in zip(tile, grid, strict=True))
         return tiled(apply, x, factor_in=factor_in, factor_out=factor_out, tile=(d, h, w), halo=halo(self.cfg.model))
+
+    def _tile(self, network: Wavelet3D, size: Size3) -> Size3:
+        """D H W of a tile of a volume of `size`: what the settings say, or smaller where less memory is free now."""
+        number = 2 if self.cfg.autoencoder.precision == "bf16" else 4
+        tiles = [self.cfg.data.tile, *smaller(self.cfg.data.tile, network.grid, SMALLEST_TILE)]
+        most = free_bytes() * OF_FREE_MEMORY
+        return next((tile for tile in tiles if tile_bytes(network, size, tile, number) <= most), tiles[-1])
 
     # --- priors ------------------------------------------------------------------------------------------------------
 

@@ -4,8 +4,8 @@
     plan.train_peak_gb, plan.note, plan.overrides
 
 Nothing is computed: networks, losses and optimisers run on tensors without memory (`planning/`). Where what was asked
-does not fit, settings are changed in this order until it does: smaller batch, checkpointing, patches (half in plane,
-then half in depth). Settings that the caller has set are left alone. docs/planner.md says how far to trust the numbers.
+does not fit, settings are changed in this order until it does: smaller batch, bf16, checkpointing, patches (half in
+plane, then half in depth). Settings that the caller has set are left alone. docs/planner.md says how far to trust the numbers.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ import torch
 import yaml
 
 from ctvae import intensity
-from ctvae.config import Config, Size3, Training, Wavelet3D, load_recipe
+from ctvae.config import Config, Size3, Training, Wavelet3D, load_recipe, with_overrides
 from ctvae.dataset import Dataset
+from ctvae.device import computes_bf16
 from ctvae.errors import ConfigError, DoesNotFit, InputError
-from ctvae.model import TILE_VOXELS
+from ctvae.model import SMALLEST_TILE
 from ctvae.planning import dry
 from ctvae.planning.dry import TrainingCost
-from ctvae.planning.report import Plan, flow
+from ctvae.planning.report import Plan
 from ctvae.planning.sizes import parse_size, smaller, strides_for, written
 from ctvae.planning.workspace import Kernels
 from ctvae.runlog import MEMORY_SETTINGS
-from ctvae.training.pace import shares, steps_for
+from ctvae.training.pace import STAGES, shares, steps_for, wants
 
 MEMORY_KEYS = frozenset(f"{section}.{key}" for section, keys in MEMORY_SETTINGS.items() for key in keys)
 KEPT_FREE = 0.1  # share of the memory that a plan leaves: the prediction's own error, and what else runs
-SMALLEST_TILE = (32, 64, 64)
 GB = 1e9
+NO_BF16 = "fp32, as this machine does not compute in bf16"
 
 
 @dataclass(frozen=True)
@@ -135,40 +136,62 @@ class Option:
 def options(cfg: Config, pinned: Collection[str] = (), stage: str | None = None) -> Iterator[Option]:
     """Ways to need less in training the autoencoder, its polish and its finish, or `stage` of them, down to the least there is.
 
-    A smaller batch is made up for by accumulation. What is in `pinned` of the batch is left alone; of the rest it is told.
+    A smaller batch is made up for by accumulation. What is in `pinned` of batches, precision and the stages' own patches is left
+    alone; of the rest it is told.
     """
     less: tuple[str, ...] = ()
     for batch, less in _smaller_batches(cfg, pinned, stage):
         yield Option(f"a batch of {batch}", less)
+    half = _half_precision(_sections(cfg, stage), pinned)
+    if half:
+        less = (*less, *half)
+        yield Option("bf16", less)
     if not isinstance(cfg.model, Wavelet3D):
         return
     if not cfg.model.checkpointing:
         yield Option("checkpointing", (*less, "model.checkpointing=true"))
-    patches = list(smaller(dry.step_shape(cfg), cfg.model.grid))
-    for patch in patches:
-        yield Option(f"patches of {written(patch)}", (*less, f"data.patch={list(patch)}"))
+    patches = list(_smaller_patches(cfg, pinned, stage))
+    for patch, crops in patches:
+        yield Option(f"patches of {written(patch)}", (*less, *crops))
     if patches and not cfg.model.checkpointing:
-        both = (*less, "model.checkpointing=true", f"data.patch={list(patches[-1])}")
-        yield Option(f"patches of {written(patches[-1])} and checkpointing", both)
+        patch, crops = patches[-1]
+        yield Option(f"patches of {written(patch)} and checkpointing", (*less, "model.checkpointing=true", *crops))
 
 
 def next_smaller(cfg: Config, stage: str, pinned: Collection[str] = ()) -> Option | None:
     """The first way for `stage` (autoencoder, polish, finish or prior) to need less than `cfg` that changes nothing `pinned`."""
     if stage != "prior":
-        found = (option for option in options(cfg, pinned, stage) if not _keys(option) & set(pinned))
+        found: Iterator[Option] = (option for option in options(cfg, pinned, stage) if not _keys(option) & set(pinned))
     else:
-        divisors = () if {"prior.batch", "prior.accumulate"} & set(pinned) else _divisors(cfg.prior.batch)
-        found = (Option(f"a batch of {batch}", _split("prior", cfg.prior, batch)) for batch in divisors)
+        found = _prior_options(cfg, pinned)
     return next(found, None)
 
 
-def patch_on_grid(cfg: Config) -> Size3 | None:
-    """The patch that was asked for, up to the next size that the network takes. Raises ConfigError where there are none."""
-    if cfg.data.patch is None:
-        return None
-    if not isinstance(cfg.model, Wavelet3D):
-        raise ConfigError(f"data.patch: {cfg.method} trains on whole groups; patches are for wavelet3d")
-    return intensity.multiple_above(cfg.data.patch, cfg.model.grid)
+def _prior_options(cfg: Config, pinned: Collection[str]) -> Iterator[Option]:
+    less: tuple[str, ...] = ()
+    for batch in () if {"prior.batch", "prior.accumulate"} & set(pinned) else _divisors(cfg.prior.batch):
+        less = _split("prior", cfg.prior, batch)
+        yield Option(f"a batch of {batch}", less)
+    half = _half_precision({"prior": cfg.prior}, pinned)
+    if half:
+        yield Option("bf16", (*less, *half))
+
+
+def patches_on_grid(cfg: Config) -> tuple[str, ...]:
+    """The patches that were asked for, up to the next size that the network takes. Raises ConfigError where there are none."""
+    asked = {section: getattr(cfg, section).patch for section in ("data", "polish", "finish")}
+    sizes = {section: patch for section, patch in asked.items() if isinstance(patch, tuple)}
+    if sizes and not isinstance(cfg.model, Wavelet3D):
+        raise ConfigError(f"{min(sizes)}.patch: {cfg.method} trains on whole groups; patches are for wavelet3d")
+    return tuple(f"{name}.patch={list(intensity.multiple_above(size, cfg.model.grid))}" for name, size in sizes.items())
+
+
+def precision_overrides(cfg: Config, pinned: Collection[str] = ()) -> tuple[str, ...]:
+    """float32, as settings, where the recipe says bf16, nobody has asked for it and this device does not compute in it."""
+    if computes_bf16():
+        return ()
+    halves = [name for name in STAGES["both"] if wants(cfg, name) and getattr(cfg, name).precision == "bf16"]
+    return tuple(f"{name}.precision=fp32" for name in halves if f"{name}.precision" not in pinned)
 
 
 def strides_override(cfg: Config, source: Source, pinned: Collection[str] = ()) -> str | None:
@@ -181,12 +204,10 @@ def strides_override(cfg: Config, source: Source, pinned: Collection[str] = ()) 
 
 def _smaller_batches(cfg: Config, pinned: Collection[str], stage: str | None) -> Iterator[tuple[int, tuple[str, ...]]]:
     """The largest batch that is left, and the settings for it, from large to small; what is in `pinned` stays."""
-    known: dict[str, Training] = {"autoencoder": cfg.autoencoder}
-    known |= {name: getattr(cfg, name) for name in ("polish", "finish") if getattr(cfg, name).enabled}
     free = {
         name: section
-        for name, section in known.items()
-        if stage in (None, name) and not {f"{name}.batch", f"{name}.accumulate"} & set(pinned)
+        for name, section in _sections(cfg, stage).items()
+        if not {f"{name}.batch", f"{name}.accumulate"} & set(pinned)
     }
     least = 2 if cfg.model.kind == "conv3d" else 1  # its BatchNorm needs more than one volume
     for most in sorted({batch for section in free.values() for batch in _divisors(section.batch, least)}, reverse=True):
@@ -195,6 +216,32 @@ def _smaller_batches(cfg: Config, pinned: Collection[str], stage: str | None) ->
             if section.batch > most:
                 less += _split(name, section, next(n for n in _divisors(section.batch, least) if n <= most))
         yield most, less
+
+
+def _sections(cfg: Config, stage: str | None) -> dict[str, Training]:
+    """Of the training before the prior and after it, or of `stage` alone."""
+    known: dict[str, Training] = {"autoencoder": cfg.autoencoder}
+    known |= {name: getattr(cfg, name) for name in ("polish", "finish") if getattr(cfg, name).enabled}
+    return {name: section for name, section in known.items() if stage in (None, name)}
+
+
+def _half_precision(sections: dict[str, Training], pinned: Collection[str]) -> tuple[str, ...]:
+    """bf16 for those that are in float32, where this device computes in it."""
+    keys = [f"{name}.precision" for name, section in sections.items() if section.precision == "fp32"]
+    return tuple(f"{key}=bf16" for key in keys if key not in pinned) if computes_bf16() else ()
+
+
+def _smaller_patches(cfg: Config, pinned: Collection[str], stage: str | None) -> Iterator[tuple[Size3, tuple[str, ...]]]:
+    """Ever smaller patches, and the settings by which no step sees more than that."""
+    crops: dict[str, Size3] = {}
+    for name in _sections(cfg, stage):
+        own = getattr(getattr(cfg, name), "patch", None) is not None
+        if not own or f"{name}.patch" not in pinned:
+            crops[f"{name if own else 'data'}.patch"] = dry.step_shape(cfg, name)
+    d, h, w = (max(sides) for sides in zip(*crops.values(), strict=True)) if crops else (1, 1, 1)
+    for size in smaller((d, h, w), cfg.model.grid):
+        less = {key: [min(sides) for sides in zip(crop, size, strict=True)] for key, crop in crops.items()}
+        yield size, tuple(f"{key}={crop}" for key, crop in less.items() if crop != list(crops[key]))
 
 
 def _divisors(number: int, least: int = 1) -> list[int]:
@@ -224,15 +271,17 @@ class _Search:
         asked = load_recipe(self.method, base)
         tried = [(Option("the settings as they are", ()), dry.training(asked, self._kernels))]
         chosen = tried[0] if self._fits(tried[0][1].peak) else None
-        less = chosen is None and self._fits(tried[0][1].standing)  # or nothing in a step can help
-        for option in options(asked, self._pinned) if less else ():
+        standing = {asked.autoencoder.precision: tried[0][1].standing}
+        for option in options(asked, self._pinned) if chosen is None else ():
             cfg = load_recipe(self.method, (*base, *option.changes))
-            if not self._promising(cfg, asked, tried[0][1]):
+            between = standing.get(cfg.autoencoder.precision, 0)  # steps, where nothing but the precision helps
+            if not (self._fits(between) and self._promising(cfg, asked, tried[0][1])):
                 continue
             tried.append((option, dry.training(cfg, self._kernels)))
+            standing.setdefault(cfg.autoencoder.precision, tried[-1][1].standing)
             if self._fits(tried[-1][1].peak):
                 chosen = chosen or (tried[-1] if self._free(option) else None)
-                if cfg.data.patch != asked.data.patch:
+                if any(cfg.patch_of(name) != asked.patch_of(name) for name in STAGES["both"]):
                     break  # what is smaller still is of no interest
         return self._plan(base, tried, chosen)
 
@@ -248,8 +297,8 @@ class _Search:
         if strides is not None:
             settings = (*settings, strides)
             cfg = load_recipe(self.method, settings)
-        shape, patch = intensity.multiple_above(cfg.data.shape or self.source.size, cfg.model.grid), patch_on_grid(cfg)
-        return (*settings, f"data.shape={list(shape)}", f"data.patch={flow(patch and list(patch))}")
+        shape = intensity.multiple_above(cfg.data.shape or self.source.size, cfg.model.grid)
+        return (*settings, *precision_overrides(cfg, self._pinned), f"data.shape={list(shape)}", *patches_on_grid(cfg))
 
     @property
     def _pinned(self) -> set[str]:
@@ -274,8 +323,10 @@ class _Search:
         option, cost = chosen or tried[0]
         cfg = load_recipe(self.method, (*base, *option.changes))
         use = self._use(cfg)
-        prior_batch, prior = self._prior(cfg)
-        changed = _split("prior", cfg.prior, prior_batch) if prior_batch != cfg.prior.batch else ()
+        changed, prior = self._prior(cfg)
+        if use.tile != cfg.data.tile and isinstance(cfg.model, Wavelet3D):
+            changed = (*changed, f"data.tile={list(use.tile)}")
+        settled = load_recipe(self.method, (*base, *option.changes, *changed))
         fits = chosen is not None and self._fits(max(use.encoding, use.decoding, *prior.values()))
         return Plan(
             method=self.method,
@@ -285,15 +336,16 @@ class _Search:
             device=this_device(),
             fits=fits,
             as_asked=fits and not option.changes and not changed,
-            note=self._note(tried, chosen, max(prior.values())) if fits or chosen is None else self._note_on_use(use, prior),
+            note=(self._note(tried, chosen, max(prior.values())) if fits or chosen is None else self._note_on_use(use, prior))
+            + _besides(settled, asked=load_recipe(self.method, self.asked)),
             train_peak_gb=_gb(cost.peak),
             prior_peak_gb=_gb(max(prior.values())),
             encode_peak_gb=_gb(use.encoding),
             decode_peak_gb=_gb(use.decoding),
             parameters=cost.parameters,
             gflop_per_step=round(cost.flops / 1e9, 1),
-            plan=_chosen(cfg, use.tile, prior_batch),
-            overrides=_definite((*base, *option.changes, *changed), cfg),
+            plan=_chosen(settled),
+            overrides=_definite((*base, *option.changes, *changed), settled),
             step_gb=_parts(cost),
             train_phases_gb={name: _gb(peak) for name, peak in cost.phases.items()},
             prior_phases_gb={name: _gb(peak) for name, peak in prior.items()},
@@ -302,9 +354,9 @@ class _Search:
 
     def _use(self, cfg: Config) -> Use:
         """Encoding and decoding by the largest tile that fits, or the smallest there is."""
-        tiles = [TILE_VOXELS, *smaller(TILE_VOXELS, cfg.model.grid, SMALLEST_TILE)]
-        if not isinstance(cfg.model, Wavelet3D):
-            tiles = tiles[:1]
+        tiles = [cfg.data.tile]
+        if isinstance(cfg.model, Wavelet3D) and "data.tile" not in self._pinned:
+            tiles += smaller(cfg.data.tile, cfg.model.grid, SMALLEST_TILE)
         for tile in tiles:
             size = dry.whole(cfg)
             use = Use(tile, *(peak(cfg, size, tile, self._kernels) for peak in (dry.encoding, dry.decoding)))
@@ -312,16 +364,13 @@ class _Search:
                 break
         return use
 
-    def _prior(self, cfg: Config) -> tuple[int, dict[str, int]]:
-        """The prior's largest batch that fits, made up for by accumulation, and its peaks by phase."""
-        pinned = {"prior.batch", "prior.accumulate"} & self._pinned
-        for batch in (cfg.prior.batch, *(() if pinned else _divisors(cfg.prior.batch))):
-            less = {"batch": batch, "accumulate": cfg.prior.batch * cfg.prior.accumulate // batch}
-            settled = cfg.model_copy(update={"prior": cfg.prior.model_copy(update=less)})
-            phases = dry.prior(settled, self.source.groups, self._kernels)
+    def _prior(self, cfg: Config) -> tuple[tuple[str, ...], dict[str, int]]:
+        """The first settings with which the prior fits, its batch divided and made up for, and its peaks by phase."""
+        for changes in ((), *(option.changes for option in _prior_options(cfg, self._pinned))):
+            phases = dry.prior(with_overrides(cfg, changes), self.source.groups, self._kernels)
             if self._fits(max(phases.values())):
                 break
-        return batch, phases
+        return changes, phases
 
     # --- in words --------------------------------------------------------------------------------------------------------
 
@@ -386,19 +435,29 @@ def _voxels(cfg: Config) -> int:
     return cfg.autoencoder.batch * math.prod(dry.step_shape(cfg))
 
 
-def _chosen(cfg: Config, tile: Size3, prior_batch: int) -> dict[str, Any]:
-    tiled = isinstance(cfg.model, Wavelet3D)
+def _chosen(cfg: Config) -> dict[str, Any]:
+    own = {f"{name}_patch": getattr(cfg, name).patch for name in ("polish", "finish") if wants(cfg, name)}
     return {
         "whole_volume": dry.step_shape(cfg) == dry.whole(cfg),
         "patch": cfg.data.patch,
+        **{name: patch for name, patch in own.items() if patch is not None},
         "batch": cfg.autoencoder.batch,
         "accumulate": cfg.autoencoder.accumulate,
         "checkpointing": isinstance(cfg.model, Wavelet3D) and cfg.model.checkpointing,
         "precision": cfg.autoencoder.precision,
         "strides": cfg.model.strides if isinstance(cfg.model, Wavelet3D) else None,
-        "prior_batch": prior_batch,
-        "decode_tile": tile if tiled else dry.whole(cfg),
+        "prior_batch": cfg.prior.batch,
+        "decode_tile": cfg.data.tile if isinstance(cfg.model, Wavelet3D) else dry.whole(cfg),
     }
+
+
+def _besides(cfg: Config, asked: Config) -> str:
+    """What else there is to say: that the numbers leave something out, or why the precision is another."""
+    parts = [f"the network of {name}.perceptual is not counted" for name in ("polish", "finish")
+             if wants(cfg, name) and getattr(cfg, name).perceptual != "none"]  # fmt: skip
+    if (cfg.autoencoder.precision, asked.autoencoder.precision) == ("fp32", "bf16"):
+        parts.append(NO_BF16)
+    return "".join(f"; {part}" for part in parts)
 
 
 def _definite(settings: tuple[str, ...], cfg: Config) -> tuple[str, ...]:
@@ -411,6 +470,7 @@ def _definite(settings: tuple[str, ...], cfg: Config) -> tuple[str, ...]:
     }
     if isinstance(cfg.model, Wavelet3D):
         spelled["model.checkpointing"] = str(cfg.model.checkpointing).lower()
+        spelled["data.tile"] = str(list(cfg.data.tile))
     given = {key: text for key, _, text in (setting.partition("=") for setting in settings)}
     return tuple(f"{key}={text}" for key, text in {**spelled, **given}.items())
 

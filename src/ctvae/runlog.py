@@ -29,11 +29,11 @@ from ctvae.version import __version__
 MOST_STATE_BYTES = 2**24
 MEMORY_SETTINGS = {  # a plan for less or more memory changes these; the network's weights stay what they are
     "model": ("checkpointing",),
-    "data": ("patch",),
-    "autoencoder": ("batch", "accumulate"),
-    "polish": ("batch", "accumulate"),
-    "finish": ("batch", "accumulate"),
-    "prior": ("batch", "accumulate"),
+    "data": ("patch", "tile"),
+    "autoencoder": ("batch", "accumulate", "precision"),
+    "polish": ("batch", "accumulate", "precision", "patch"),
+    "finish": ("batch", "accumulate", "precision", "patch"),
+    "prior": ("batch", "accumulate", "precision"),
 }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ctvae.checkpoint import EMA
 from ctvae.conditions import OF_GROUP
-from ctvae.config import Config, Finish, Model, Polish, Prior, Size3, Training, Wavelet3D
+from ctvae.config import Config, Model, Prior, Sharpening, Size3, Training, Wavelet3D
 from ctvae.device import generator
 from ctvae.latents import LatentCode, LatentSet, most_fitted
 from ctvae.models import build
@@ -31,7 +31,7 @@ from ctvae.planning.ledger import Ledger, dry_run, tensor_bytes, to_channels_las
 from ctvae.planning.workspace import Kernels
 from ctvae.training.autoencoder import VALIDATION_GROUPS, Objective, Reconstruction
 from ctvae.training.finish import FinishedPair, FinishObjective
-from ctvae.training.optimizer import build_optimizer
+from ctvae.training.optimizer import Muon, build_optimizer
 from ctvae.training.polish import DecoderObjective, DiscriminatorObjective, Pair, build_judge
 from ctvae.training.prior import Conditioning, FlowObjective, build_velocity, fit_wiener, flow_batches
 
@@ -62,7 +62,10 @@ class TrainingCost:
 
     @property
     def standing(self) -> int:
-        """The peak of what no smaller step changes: whole groups that are looked at between steps, and saving."""
+        """The peak of what no smaller step changes: whole groups that are looked at between steps, and saving.
+
+        In bf16 it may be less.
+        """
         return max(self.phases["validation"], self.phases.get("saving", 0))
 
     @property
@@ -119,20 +122,21 @@ def training(cfg: Config, kernels: Kernels, make: Builder = build) -> TrainingCo
         phases["polish"] = polish(cfg, kernels)
     if cfg.finish.enabled:
         # Two patches of its own take about as much as three of the polish: where it has no more, that is counted once.
-        within = cfg.polish.enabled and 2 * cfg.finish.batch < cfg.polish.batch
+        alike = step_shape(cfg, "finish") == step_shape(cfg, "polish") and cfg.finish.precision == cfg.polish.precision
+        within = cfg.polish.enabled and alike and 2 * cfg.finish.batch < cfg.polish.batch
         phases["finish"] = phases["polish"] if within else finish(cfg, kernels)
     return replace(cost, phases=phases)
 
 
 def polish(cfg: Config, kernels: Kernels) -> int:
-    """Peak of `polish_decoder`: a step as it is after the first, validation and saving."""
+    """Peak of `polish_decoder`: a step as it is after the first, validation and saving. A downloaded network is not in it."""
 
     def draw(network: Wavelet3DVAE, pair: Pair, x: Tensor) -> Tensor:
         y, terms = DecoderObjective(network, pair.discriminator, cfg)(x, generator(0, 0))
         torch.stack(list(terms.values())).sum().backward()
         return y
 
-    return _decoder_against_a_judge(cfg, cfg.polish, Pair, draw, kernels)
+    return _decoder_against_a_judge(cfg, "polish", Pair, draw, kernels)
 
 
 def finish(cfg: Config, kernels: Kernels) -> int:
@@ -147,13 +151,14 @@ def finish(cfg: Config, kernels: Kernels) -> int:
         y.backward(gradient=pull)
         return y
 
-    return _decoder_against_a_judge(cfg, cfg.finish, partial(FinishedPair, soft=soft), draw, kernels)
+    return _decoder_against_a_judge(cfg, "finish", partial(FinishedPair, soft=soft), draw, kernels)
 
 
 def _decoder_against_a_judge(
-    cfg: Config, settings: Polish | Finish, make_pair: Callable[..., Pair],
+    cfg: Config, stage: str, make_pair: Callable[..., Pair],
     draw: Callable[[Wavelet3DVAE, Pair, Tensor], Tensor], kernels: Kernels,
 ) -> int:  # fmt: skip
+    settings: Sharpening = getattr(cfg, stage)
     with dry_run(kernels) as ledger:
         network = _network(cfg, whole(cfg))
         assert isinstance(network, Wavelet3DVAE)
@@ -168,12 +173,12 @@ def _decoder_against_a_judge(
             if settings.accumulate == 1:
                 optimizer.zero_grad(set_to_none=True)
         ledger.since()
-        x = torch.empty(settings.batch, 1, *step_shape(cfg))  # [B 1 D H W]
+        x = torch.empty(settings.batch, 1, *step_shape(cfg, stage))  # [B 1 D H W]
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
             pair.discriminator.requires_grad_(False)
             y = draw(network, pair, x)
             pair.discriminator.requires_grad_(True)
-            DiscriminatorObjective(pair.discriminator)(x, y.detach()).backward()
+            DiscriminatorObjective(pair.discriminator, settings.adversarial)(x, y.detach()).backward()
         nn.utils.clip_grad_norm_(pair.decoder.parameters(), settings.max_grad_norm)
         for optimizer in optimizers:
             optimizer.step()
@@ -266,9 +271,9 @@ def whole(cfg: Config) -> Size3:
     return cfg.data.shape
 
 
-def step_shape(cfg: Config) -> Size3:
-    """D H W of what one training step sees: the patch, or the whole group."""
-    d, h, w = (min(pair) for pair in zip(cfg.data.patch or whole(cfg), whole(cfg), strict=True))
+def step_shape(cfg: Config, stage: str = "autoencoder") -> Size3:
+    """D H W of what one training step of autoencoder, polish or finish sees: the patch, or the whole group."""
+    d, h, w = (min(pair) for pair in zip(cfg.patch_of(stage) or whole(cfg), whole(cfg), strict=True))
     return d, h, w
 
 
@@ -323,7 +328,10 @@ def _after_a_step(network: nn.Module, settings: Training) -> torch.optim.Optimiz
 def _step_on_zeros(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    if isinstance(optimizer, Muon):
+        optimizer.begin()  # a step's arithmetic takes long to follow
+    else:
+        optimizer.step()
 
 
 def _descend(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, settings: Training) -> None:

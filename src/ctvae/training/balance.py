@@ -33,12 +33,19 @@ class Balance(nn.Module):
         self.sizes, self.seen = nn.Buffer(torch.zeros(len(self.names))), nn.Buffer(torch.zeros(len(self.names)))
 
     def forward(self, y: Tensor, losses: Mapping[str, Tensor], weights: Mapping[str, float | Tensor]) -> Tensor:
-        """What to send back from y, like y. Losses are graphs from y on; those without any weight of their own have 1."""
-        gradients = [torch.autograd.grad(losses[name], y, retain_graph=True)[0] for name in self.names]
-        self._observe(self.average(torch.stack([gradient.norm() for gradient in gradients]).float()))
-        pull = gradients[0] * weights.get(self.names[0], 1.0)
-        for name, gradient, size in zip(self.names[1:], gradients[1:], self.sizes[1:], strict=True):
-            pull = pull + gradient * (weights.get(name, 1.0) * self.sizes[0] / size.clamp_min(1e-12))
+        """What to send back from y, like y. Losses are graphs from y on; the first has weight 1, one that is not there none."""
+        gradients = {
+            number: torch.autograd.grad(losses[name], y, retain_graph=True)[0]
+            for number, name in enumerate(self.names)
+            if name in losses
+        }
+        sizes = torch.zeros_like(self.sizes)
+        for number, gradient in gradients.items():
+            sizes[number] = gradient.norm()
+        self._observe(self.average(sizes))
+        pull = gradients.pop(0)
+        for number, gradient in gradients.items():
+            pull = pull + gradient * (weights[self.names[number]] * self.sizes[0] / self.sizes[number].clamp_min(1e-12))
         return pull
 
     def _observe(self, sizes: Tensor) -> None:

@@ -3,7 +3,7 @@
 Until here the decoder has seen latents of real scans alone. A prior's samples are a little off, and what comes of them is softer,
 or has texture that no scan has. Here half of each batch is patches of real scans, reconstructed, and half is patches of latents
 that the flow drew, of which no original exists. The former are held to their originals (`polish.py`'s losses); both are held to
-real patches by a patch discriminator (hinge loss) and by the means of simple statistics (`moments.py`).
+real patches by a patch discriminator and by the means of simple statistics (`moments.py`).
 
 Shapes:  B batch   D H W voxels   Z latent channels   d h w latent voxels
 """
@@ -33,10 +33,11 @@ from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.moments import Moments
 from ctvae.training.optimizer import build_optimizer
+from ctvae.training.perceptual import PerceptualTerm, perceptual_term
 from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, gradient_norm, noisy_latents
 from ctvae.training.tally import Tally
 
-PULLS = ("reconstruction", "adversarial", "features", "moments")
+PULLS = ("reconstruction", "adversarial", "features", "moments", "perceptual")
 DRAWING = 0.3  # of the stage's minutes at most
 
 
@@ -52,9 +53,13 @@ class FinishedPair(Pair):
 class FinishObjective(nn.Module):
     """The decoder's losses in one forward call."""
 
-    def __init__(self, network: Autoencoder, pair: FinishedPair, cfg: Config, ranks: Ranks = ALONE):
+    def __init__(
+        self, network: Autoencoder, pair: FinishedPair, cfg: Config, ranks: Ranks = ALONE,
+        perceptual: PerceptualTerm | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.network, self.pair, self.cfg, self.ranks = network, pair, cfg.finish, ranks
+        self.perceptual = perceptual
         self.reconstruction = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
 
     def forward(self, x: Tensor, drawn: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -68,14 +73,17 @@ class FinishObjective(nn.Module):
             _, real = pair.discriminator(x)
         terms = {
             "reconstruction": torch.stack(list(self.reconstruction(again, x).values())).sum(),
-            "adversarial": -logits.float().mean(),
+            "adversarial": losses.deceiving(logits.float(), cfg.adversarial),
             "features": losses.feature_matching(real, [f[: len(x)] for f in fake], self.ranks.mean).float(),
             "moments": (pair.reconstructed(again, x) + pair.drawn(made, x)) / 2,
         }
         off = torch.cat((pair.reconstructed.off(), pair.drawn.off())).square().mean().sqrt().clamp_max(1)
         weights = {
             "adversarial": cfg.adversarial_weight, "features": cfg.feature_weight, "moments": cfg.moments_weight * off,
+            "perceptual": cfg.perceptual_weight,
         }  # fmt: skip
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(again, x, random)
         return y, pair.balance(y, terms, weights), terms
 
 
@@ -84,7 +92,7 @@ def finish_decoder(
 ) -> None:
     """Train the decoder of a run with a finished prior; resumes from `run`. Replaces run/autoencoder.safetensors at the end.
 
-    Raises TrainingDiverged when losses or gradients stay other than finite.
+    Raises TrainingDiverged when losses or gradients stay other than finite, ConfigError without the perceptual network.
     """
     settings = cfg.finish
     fabric = make_fabric(settings.precision, ranks)
@@ -107,9 +115,10 @@ def finish_decoder(
     samples.draw(Model(run.folder), math.inf if settings.minutes is None else 60 * settings.minutes * DRAWING)
     curve = Curve(run, "finish", start)
     pair.discriminator.requires_grad_(False)  # processes exchange the gradients of what learns in each
-    draw, fabric_optimizer = fabric.setup(FinishObjective(network, pair, cfg, ranks), optimizer)
+    perceptual = perceptual_term(settings.perceptual)
+    draw, fabric_optimizer = fabric.setup(FinishObjective(network, pair, cfg, ranks, perceptual), optimizer)
     pair.discriminator.requires_grad_(True)
-    tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator, ranks), judge)
+    tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator, settings.adversarial, ranks), judge)
     tally = Tally(settings, ranks, meta)
     step, logged, held_out = start, start, HeldOut()
 

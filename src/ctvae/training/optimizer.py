@@ -46,6 +46,20 @@ class Muon(torch.optim.Optimizer):
         parameters = [p for p in network.parameters() if p.requires_grad]
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
 
+    def begin(self) -> None:
+        """The state as the first step makes it, before it changes anything."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._state_of(p)
+
+    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[p]
+        if not state and p.ndim >= 2:
+            state["momentum"] = torch.zeros_like(p)
+        elif not state:
+            state |= {"step": torch.zeros(()), "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
+        return state
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
@@ -58,18 +72,14 @@ class Muon(torch.optim.Optimizer):
                     self._adam(p, p.grad, group["lr"])
 
     def _muon(self, p: Tensor, grad: Tensor, lr: float, weight_decay: float, momentum: float = 0.95) -> None:
-        state = self.state[p]
-        if not state:
-            state["momentum"] = torch.zeros_like(p)
+        state = self._state_of(p)
         state["momentum"].lerp_(grad, 1 - momentum)
         update = whole(grad.lerp(state["momentum"], momentum)).flatten(1)  # Nesterov's look-ahead
         size = 0.2 * max(update.shape) ** 0.5
         p.mul_(1 - lr * weight_decay).add_(own_part(orthogonalised(update).view(p.shape), like=p), alpha=-lr * size)
 
     def _adam(self, p: Tensor, grad: Tensor, lr: float, beta1: float = 0.9, beta2: float = 0.99) -> None:
-        state = self.state[p]
-        if not state:
-            state |= {"step": torch.zeros(()), "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
+        state = self._state_of(p)
         state["step"] += 1
         state["mean"].lerp_(grad, 1 - beta1)
         state["square"].lerp_(grad.square(), 1 - beta2)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ctvae import losses
 from ctvae.checkpoint import EMA, Best
-from ctvae.config import Config, Finish, Polish
+from ctvae.config import Config, Sharpening
 from ctvae.device import generator, make_fabric, place
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.discriminator import PatchDiscriminator
@@ -30,6 +30,7 @@ from ctvae.training.autoencoder import HeldOut, Reconstruction, load_autoencoder
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
+from ctvae.training.perceptual import PerceptualTerm, perceptual_term
 from ctvae.training.tally import Tally
 
 
@@ -46,9 +47,13 @@ class Pair(nn.Module):
 class DecoderObjective(nn.Module):
     """The decoder's losses in one forward call, so that Fabric can wrap precision and devices around it."""
 
-    def __init__(self, network: Autoencoder, discriminator: PatchDiscriminator, cfg: Config, ranks: Ranks = ALONE):
+    def __init__(
+        self, network: Autoencoder, discriminator: PatchDiscriminator, cfg: Config, ranks: Ranks = ALONE,
+        perceptual: PerceptualTerm | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.network, self.discriminator, self.cfg, self.ranks = network, discriminator, cfg.polish, ranks
+        self.perceptual = perceptual
         self.reconstruction = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
 
     def forward(self, x: Tensor, random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -57,21 +62,23 @@ class DecoderObjective(nn.Module):
         logits, fake = self.discriminator(y)
         with torch.no_grad():
             _, real = self.discriminator(x)
-        adversarial = {
-            "adversarial": -self.cfg.adversarial_weight * logits.float().mean(),
+        terms = {
+            "adversarial": self.cfg.adversarial_weight * losses.deceiving(logits.float(), self.cfg.adversarial),
             "features": self.cfg.feature_weight * losses.feature_matching(real, fake, self.ranks.mean).float(),
         }
-        return y, {**self.reconstruction(y, x), **adversarial}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.cfg.perceptual_weight * self.perceptual(y, x, random)
+        return y, {**self.reconstruction(y, x), **terms}
 
 
 class DiscriminatorObjective(nn.Module):
-    def __init__(self, discriminator: PatchDiscriminator, ranks: Ranks = ALONE):
+    def __init__(self, discriminator: PatchDiscriminator, kind: str, ranks: Ranks = ALONE):
         super().__init__()
-        self.discriminator, self.ranks = discriminator, ranks
+        self.discriminator, self.kind, self.ranks = discriminator, kind, ranks
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:  # [B 1 D H W] each
         self.discriminator.observe(real, self.ranks.mean)
-        return losses.hinge_discriminator(self.discriminator(real)[0].float(), self.discriminator(fake)[0].float())
+        return losses.judging(self.discriminator(real)[0].float(), self.discriminator(fake)[0].float(), self.kind)
 
 
 def noisy_latents(network: Autoencoder, x: Tensor, noise: float, random: torch.Generator, ranks: Ranks = ALONE) -> Tensor:
@@ -87,7 +94,7 @@ def gradient_norm(network: nn.Module) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
 
-def build_judge(discriminator: nn.Module, settings: Polish | Finish) -> torch.optim.Adam:
+def build_judge(discriminator: nn.Module, settings: Sharpening) -> torch.optim.Adam:
     return torch.optim.Adam(discriminator.parameters(), lr=settings.discriminator_lr, betas=(0.5, 0.9))
 
 
@@ -96,7 +103,7 @@ def polish_decoder(
 ) -> None:
     """Sharpen the trained autoencoder's decoder; resumes from `run`. Replaces run/autoencoder.safetensors at the end.
 
-    Raises TrainingDiverged when losses or gradients stay other than finite.
+    Raises TrainingDiverged when losses or gradients stay other than finite, ConfigError without the perceptual network.
     """
     settings = cfg.polish
     fabric = make_fabric(settings.precision, ranks)
@@ -117,9 +124,10 @@ def polish_decoder(
     clock = Clock(settings, settings.steps, settings.minutes, meta.get("seconds", 0.0), ranks)
     curve = Curve(run, "polish", start)
     pair.discriminator.requires_grad_(False)  # processes exchange the gradients of what learns in each
-    draw, fabric_optimizer = fabric.setup(DecoderObjective(network, pair.discriminator, cfg, ranks), optimizer)
+    perceptual = perceptual_term(settings.perceptual)
+    draw, fabric_optimizer = fabric.setup(DecoderObjective(network, pair.discriminator, cfg, ranks, perceptual), optimizer)
     pair.discriminator.requires_grad_(True)
-    tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator, ranks), judge)
+    tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator, settings.adversarial, ranks), judge)
     best = Best(run.folder / "checkpoints" / "polish-best.safetensors")
     tally = Tally(settings, ranks, meta)
     step, logged, held_out = start, start, HeldOut()

@@ -73,8 +73,9 @@ def settle(dataset: Dataset, folder: Path, asked: Asked) -> Settled:
     if begun and asked.memory_gb is None:
         return _settled(dataset, method, planned, asked, "")
     strides = [] if asked.start else _strides(dataset, method, asked)
-    planned = _merged([text for text in planned if _key(text) not in planner.MEMORY_KEYS], strides)
-    settled = _settled(dataset, method, planned, asked, "")
+    precision = planner.precision_overrides(load_recipe(method, asked.overrides), asked.pinned)
+    planned = _merged([text for text in planned if _key(text) not in planner.MEMORY_KEYS], (*strides, *precision))
+    settled = _settled(dataset, method, planned, asked, planner.NO_BF16 if precision else "")
     if asked.memory_gb is None and (asked.processes > 1 or _surely_fits(settled.cfg)):
         return settled
     source = planner.Source.of(dataset)
@@ -82,7 +83,7 @@ def settle(dataset: Dataset, folder: Path, asked: Asked) -> Settled:
     if not found.fits:
         raise DoesNotFit(found.note)
     if found.as_asked:
-        return replace(settled, note=found.note if asked.memory_gb else "")
+        return replace(settled, note=found.note if asked.memory_gb else settled.note)
     changed = [text for text in found.overrides if _key(text) in planner.MEMORY_KEYS - asked.pinned]
     return _settled(dataset, method, _merged(planned, changed), asked, found.note)
 
@@ -128,8 +129,8 @@ def _share(cfg: Config, processes: int) -> Config:
 
 def _settled(dataset: Dataset, method: str, planned: Sequence[str], asked: Asked, note: str) -> Settled:
     cfg = load_recipe(method, _merged(planned, asked.overrides))
-    sizes = {"shape": training_shape(dataset, cfg), "patch": planner.patch_on_grid(cfg)}
-    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update=sizes)})
+    shape = f"data.shape={list(training_shape(dataset, cfg))}"
+    cfg = with_overrides(cfg, [shape, *planner.patches_on_grid(cfg)])
     return Settled(cfg, tuple(text for text in planned if _key(text) not in asked.pinned), note)
 
 

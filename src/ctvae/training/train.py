@@ -27,6 +27,7 @@ from ctvae.training.finish import finish_decoder
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import repeated_smaller
 from ctvae.training.pace import STAGES, shares, wants
+from ctvae.training.perceptual import perceptual_term
 from ctvae.training.polish import polish_decoder
 from ctvae.training.prior import train_prior
 from ctvae.training.settings import HOURS_KEYS, Asked, Settled, chosen, refuse_uneven, settle, smaller, with_hours
@@ -70,6 +71,7 @@ def train(
         asked = Asked(tuple(overrides), method, Path(plan) if plan is not None else None, memory_gb, ranks.world, source)
         settled = _as_the_first(ranks, lambda: _settled(data, folder, asked, stage, minutes, hours))
         if ranks.first:
+            _download(folder, settled.cfg, stage)
             replanned = plan is not None or memory_gb is not None
             run = Run.create_or_resume(folder, settled.cfg, data.fingerprint, settled.planned, replanned)
             _columns(run, data, settled.cfg, conditions)  # into the run folder
@@ -134,18 +136,20 @@ class _Stages:
         self.ranks.barrier()
 
     def _autoencoder(self, cfg: Config) -> None:
-        train_autoencoder(self.run, cfg, *self._split(), self.ranks)
+        train_autoencoder(self.run, cfg, *self._split("autoencoder"), self.ranks)
 
     def _polish(self, cfg: Config) -> None:
-        polish_decoder(self.run, cfg, *self._split(), self.ranks)
+        polish_decoder(self.run, cfg, *self._split("polish"), self.ranks)
 
     def _finish(self, cfg: Config) -> None:
         if not self.ranks.told(lambda: self.run.stage_done("prior")):
             raise ModelError(f"{self.run.folder}: has no trained prior yet, whose samples `finish` needs; run --stage prior")
-        finish_decoder(self.run, cfg, *self._split(), self.ranks)
+        finish_decoder(self.run, cfg, *self._split("finish"), self.ranks)
 
-    def _split(self) -> tuple[TrainingGroups, TrainingGroups]:
-        training, validation = (_groups(self.data, self.settled.cfg, split, self.ranks) for split in ("train", "validation"))
+    def _split(self, stage: str) -> tuple[TrainingGroups, TrainingGroups]:
+        cfg = self.settled.cfg
+        cropped = cfg.model_copy(update={"data": cfg.data.model_copy(update={"patch": cfg.patch_of(stage)})})
+        training, validation = (_groups(self.data, cropped, split, self.ranks) for split in ("train", "validation"))
         return training, validation
 
     def _prior(self, cfg: Config) -> None:
@@ -167,6 +171,14 @@ class _Stages:
         self.settled = less
         self.run.replan(less.cfg, less.planned)
         return less.cfg
+
+
+def _download(folder: Path, cfg: Config, stage: str) -> None:
+    """What a later part of `stage` needs, or the complaint about it, rather than hours into the training. Raises ConfigError."""
+    begun = (folder / "config.yaml").exists()
+    for name in STAGES[stage]:
+        if wants(cfg, name) and not (begun and Run(folder).stage_done(name)):
+            perceptual_term(getattr(getattr(cfg, name), "perceptual", "none"))
 
 
 def _columns(run: Run, data: Dataset, cfg: Config, table: Path | str | None) -> Columns:
