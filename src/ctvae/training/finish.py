@@ -38,6 +38,7 @@ from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, gra
 from ctvae.training.tally import Tally
 
 PULLS = ("reconstruction", "adversarial", "features", "moments", "perceptual")
+LEARNING = 200  # steps over which their pull grows, as the discriminator has yet to learn
 DRAWING = 0.3  # of the stage's minutes at most
 
 
@@ -62,8 +63,13 @@ class FinishObjective(nn.Module):
         self.perceptual = perceptual
         self.reconstruction = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
 
-    def forward(self, x: Tensor, drawn: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Real patches x [B 1 D H W] and drawn latents [B Z d h w] -> decoded ones y [2B 1 D H W], their pull, the losses."""
+    def forward(
+        self, x: Tensor, drawn: Tensor, random: torch.Generator, share: float = 1.0
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Real patches x [B 1 D H W] and drawn latents [B Z d h w] -> decoded ones y [2B 1 D H W], their pull, the losses.
+
+        `share` of their weights is what all but the reconstruction have.
+        """
         cfg, pair, network = self.cfg, self.pair, self.network
         encoded = noisy_latents(network, x, cfg.latent_noise, random, self.ranks)
         y = network.decode(torch.cat((encoded, drawn.to(encoded.dtype)))).float()
@@ -79,9 +85,11 @@ class FinishObjective(nn.Module):
         }
         off = torch.cat((pair.reconstructed.off(), pair.drawn.off())).square().mean().sqrt().clamp_max(1)
         weights = {
-            "adversarial": cfg.adversarial_weight, "features": cfg.feature_weight, "moments": cfg.moments_weight * off,
-            "perceptual": cfg.perceptual_weight,
-        }  # fmt: skip
+            "adversarial": share * cfg.adversarial_weight,
+            "features": share * cfg.feature_weight,
+            "moments": share * cfg.moments_weight * off,
+            "perceptual": share * cfg.perceptual_weight,
+        }
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(again, x, random)
         return y, pair.balance(y, terms, weights), terms
@@ -161,7 +169,7 @@ def finish_decoder(
                 size: Size3 = (x.shape[2], x.shape[3], x.shape[4])
                 drawn = fabric.to_device(samples.batch(settings.batch, size, cfg.seed + 3, part))  # [B Z d h w]
                 pair.discriminator.requires_grad_(False)
-                y, pull, terms = draw(x, drawn, generator(cfg.seed + 3, part))
+                y, pull, terms = draw(x, drawn, generator(cfg.seed + 3, part), min(1.0, step / LEARNING))
                 fabric.backward(y, gradient=pull / settings.accumulate)
                 pair.discriminator.requires_grad_(True)
                 terms["discriminator"] = tell(x, y.detach())
