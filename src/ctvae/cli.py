@@ -347,7 +347,7 @@ def evaluate(
     ] = None,
     format: Annotated[Literal["html", "md"], typer.Option(help="md writes report.md as well, for a paper's appendix.")] = "html",
     medicalnet: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="MedicalNet weights (resnet_*.pth), for one more feature space.")
+        Path | None, typer.Option(metavar="FILE", help="MedicalNet weights as safetensors (docs), for one more feature space.")
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Keep what is measured of each scan here; reports on the same scans share it.")
