@@ -64,9 +64,14 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     plain = {name: value.contiguous() for name, value in gathered(tensors).items()}
     if not is_first():
         return
+    write(path, plain, {"ctvae": json.dumps(meta)})
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Tensors of this process as safetensors, whole or not at all. Raises InputError where it cannot."""
     with atomic(path) as temporary:
         try:
-            save_file(plain, temporary, metadata={"ctvae": json.dumps(meta)})
+            save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # safetensors wraps the disk's own error
             raise OSError(str(error)) from error
 

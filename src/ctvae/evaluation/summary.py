@@ -12,15 +12,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
+from ctvae.checkpoint import write
 from ctvae.evaluation.features import FULL_HU, SOFT_HU, layout, texture, tissue_fractions
 from ctvae.evaluation.grid import Grid, Triple, body_mask, middle_of
 from ctvae.evaluation.medicalnet import MedicalNet
 from ctvae.evaluation.network import learned, weights_digest
-from ctvae.files import atomic
 from ctvae.volume import Volume
 
 VERSION = 3  # of what is measured: older files in a cache are not read
@@ -64,8 +65,7 @@ def summarise(volume: Volume, grid: Grid, cache: Path | None = None, medicalnet:
     summary = _measure(volume, grid, name, medicalnet)
     if kept is not None:
         arrays = {f.name: np.array(getattr(summary, f.name), order="C") for f in fields(Summary) if f.name != "digest"}
-        with atomic(kept) as temporary:
-            save_file(arrays, temporary)
+        write(kept, {name: torch.from_numpy(array) for name, array in arrays.items()})
     return summary
 
 
