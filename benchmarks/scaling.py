@@ -90,6 +90,7 @@ def _in_new_process(work: Callable[[Path, int], dict[str, float]], folder: Path,
     ours, theirs = context.Pipe()
     process = context.Process(target=_send, args=(theirs, work, folder, number))
     process.start()
+    theirs.close()  # or nobody would notice that it died
     figures = ours.recv()
     process.join()
     return figures
@@ -138,7 +139,7 @@ def _prior(folder: Path, count: int) -> dict[str, float]:
     held_out = latents.chosen(range(min(100, count)))
     watch = Watch(code, wiener, latents, held_out, held_out.conditions, 0)
     with _timed(figures, "copies"):
-        watch.known.nearest(watch.held_out)
+        watch.known.closeness(watch.held_out)
     conditioning = Conditioning.fit(latents.conditions)
     network = build_velocity(cfg.prior, latents.shape, len(latents.names), wiener)
     with _timed(figures, "flow"):

@@ -133,6 +133,7 @@ HOSTILE_NIFTI = {
     "holds NaN": lambda raw: patch(raw, "<12f", 280, *[np.nan] * 12),
     "scl_slope is infinite": lambda raw: patch(raw, "<f", 112, np.inf),
     "-1.5 x 1.5 x 3 is not positive": lambda raw: patch(raw, "<f", 80, -1.5),
+    "first voxel is 1e+38 mm from the origin": lambda raw: patch(raw, "<f", 292, 1e38),
     "0 x 1.5 x 3 is not positive": lambda raw: patch(raw, "<f", 80, 0),
     "voxels inside": lambda raw: raw[:344] + b"ni1\0" + raw[348:],
     "8-bit picture": lambda raw: patch(raw, "<h", 70, 2),
