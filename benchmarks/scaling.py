@@ -152,13 +152,13 @@ def write_latents(folder: Path, count: int) -> None:
     """As `encode_groups` does, of random numbers along ten directions and a little noise."""
     import torch
 
-    from ctvae.conditions import BUILT_IN
+    from ctvae.conditions import OF_GROUP
     from ctvae.latents import Writer
 
-    told, logvars = torch.zeros(1, len(BUILT_IN)), torch.full((1, *LATENT), -4.0).half()
+    told, logvars = torch.zeros(1, len(OF_GROUP)), torch.full((1, *LATENT), -4.0).half()
     random = torch.Generator().manual_seed(0)
     directions = torch.randn(10, math.prod(LATENT), generator=random)
-    writer = Writer(folder, [f"scan_{n:06d}" for n in range(count)], torch.full((count,), 300.0), BUILT_IN, "random")
+    writer = Writer(folder, [f"scan_{n:06d}" for n in range(count)], torch.full((count,), 300.0), OF_GROUP, "random")
     for _ in range(writer.begun(), count):
         row = torch.randn(10, generator=random) @ directions + 0.3 * torch.randn(math.prod(LATENT), generator=random)
         writer.add(row.view(1, *LATENT).half(), logvars, told)

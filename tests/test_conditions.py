@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ctvae import __main__, checkpoint
-from ctvae.conditions import BUILT_IN, Columns, Known, of_group, read_columns, rounded, scan_mm
+from ctvae.conditions import AUGMENTED, BUILT_IN, OF_GROUP, Change, Columns, Known, of_group, read_columns, rounded, scan_mm
 from ctvae.dataset import Dataset, Group
 from ctvae.errors import ConfigError, InputError, ModelError
 from ctvae.export import export
@@ -57,10 +57,26 @@ def refused(error: type[Exception], call, *arguments) -> str:
 def test_a_groups_own_conditions(first_slice):
     """Of a scan of 120 slices of 3 mm, 100 columns of 2 mm wide."""
     one = group(0, first_slice)
-    assert dict(zip(BUILT_IN, of_group(one), strict=True)) == {
-        "position": (first_slice + 32) / 120, "pixel_mm": 2.0, "slice_mm": 3.0, "width_mm": 200.0,
-    }  # fmt: skip
+    expected = {"position": (first_slice + 32) / 120, "pixel_mm": 2.0, "slice_mm": 3.0, "width_mm": 200.0}
+    nothing = dict.fromkeys(AUGMENTED, 0.0) | {"zoom": 1.0}
+    assert dict(zip(OF_GROUP, of_group(one), strict=True)) == expected | nothing
     assert scan_mm(one) == 360.0
+
+
+def test_an_augmented_groups_conditions_say_what_was_done():
+    """Twice as large pixels are half as wide; the patient stays as wide."""
+    told = dict(zip(OF_GROUP, of_group(group(0, 0), Change(degrees=5.0, zoom=2.0, rows=-3)), strict=True))
+    assert {name: told[name] for name in ("pixel_mm", "width_mm", "slice_mm")} == {"pixel_mm": 1, "width_mm": 200, "slice_mm": 3}
+    assert [told[name] for name in AUGMENTED] == [5.0, 2.0, 0, -3, 0]
+
+
+def test_nobody_asks_for_augmentation_and_nobody_is_told_of_it():
+    rows = torch.tensor([of_group(group(0, 0)), of_group(group(0, 16))])
+    one = Known(OF_GROUP, rows, torch.full((2,), 360.0))
+    assert "the model knows no such" in refused(InputError, one.given, {"turned_degrees": 0.0})
+    told = one.pick(torch.Generator().manual_seed(0), {})
+    assert [told[name] for name in AUGMENTED] == [0, 1, 0, 0, 0]
+    assert not set(AUGMENTED) & set(told.described())
 
 
 def test_columns_become_numbers(tmp_path):
@@ -224,7 +240,7 @@ def test_a_run_learns_a_table_and_names_nobody(tiny_dataset, tiny_settings, tmp_
     asked = {"overrides": [*tiny_settings, *few], "conditions": path}
     run = train(tiny_dataset, tmp_path / "run", **asked)
     meta = checkpoint.load(run / "prior-flow.safetensors")[1]
-    assert meta["conditions"] == [*BUILT_IN, "age", "sex=F", "sex=M"]
+    assert meta["conditions"] == [*OF_GROUP, "age", "sex=F", "sex=M"]
 
     exported = export(run, tmp_path / "model")
     bytes_of_it = b"".join(file.read_bytes() for file in exported.iterdir())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 from torch import Tensor
 
@@ -375,12 +376,31 @@ def test_a_turned_group_keeps_its_amount_of_body_and_says_its_zoom(dataset):
     body = (groups.plain(0) > -0.3).sum().item()
     zooms = []
     for seed in range(10):
-        x, zoom = groups.turned(0, torch.Generator().manual_seed(seed), 10.0, 0.1)
-        assert 1 / 1.1 <= zoom <= 1.1
-        zooms.append(zoom)
-        assert (x > -0.3).sum().item() == pytest.approx(body * zoom**2, rel=0.12)
+        x, change = groups.turned(0, torch.Generator().manual_seed(seed), 10.0, 0.1)
+        assert 1 / 1.1 <= change.zoom <= 1.1
+        zooms.append(change.zoom)
+        assert (x > -0.3).sum().item() == pytest.approx(body * change.zoom**2, rel=0.12)
     assert min(zooms) < 0.97
     assert max(zooms) > 1.03
+
+
+def test_an_augmented_group_says_how_it_was_turned_and_moved(dataset):
+    """What is said, done to the plain group by other means, gives the augmented one."""
+    groups = groups_of(dataset, max_shift_voxels=(0, 3, 3))
+    moved = set()
+    for seed in range(6):
+        x, change = groups.turned(0, torch.Generator().manual_seed(seed), 8.0, 0.0)
+        moved.add((change.rows, change.columns))
+        assert (change.zoom, change.slices) == (1.0, 0)
+        there = np.roll(groups.plain(0)[0].numpy(), (change.rows, change.columns), axis=(1, 2))
+        turned, other_way = (
+            scipy.ndimage.rotate(there, degrees, axes=(1, 2), reshape=False, order=1, cval=-1.0)
+            for degrees in (-change.degrees, change.degrees)
+        )
+        middle = np.s_[:, 6:-6, 6:-6]  # nothing came round from the other side
+        off, off_other_way = (np.abs(x[0].numpy() - way)[middle].mean() for way in (turned, other_way))
+        assert off < (0.1 * off_other_way if abs(change.degrees) > 0.5 else 0.002)
+    assert len(moved) > 3
 
 
 def test_noise_has_the_deviation_that_the_settings_say(dataset):

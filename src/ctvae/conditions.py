@@ -6,6 +6,9 @@
     width_mm         of the group in plane: of the body where `prepare` cropped to it, else the field of view
     age              a column of numbers
     sex=F, sex=M     a column of categories: 1 for the volume's own, 0 for the others
+    turned_degrees, zoom, moved_slices, moved_rows, moved_columns
+                     how an augmented encoding differs from its group (Karras et al. 2022, appendix F.2); a new volume is always
+                     told that nothing was done, so what augmentation looks like does not leak into it
 
 A value that is not known is NaN, which the networks take as withheld.
 
@@ -19,7 +22,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +35,8 @@ from ctvae.scan import without_suffix
 
 BUILT_IN = ("position", "pixel_mm", "slice_mm", "width_mm")
 BEFORE_NAMES = BUILT_IN[:3]  # of files that do not say which
+AUGMENTED = ("turned_degrees", "zoom", "moved_slices", "moved_rows", "moved_columns")
+OF_GROUP = (*BUILT_IN, *AUGMENTED)
 KEYS = ("scan", "patient")
 MISSING = {"", "na", "n/a", "nan", "null"}
 MOST_CATEGORIES = 20
@@ -44,10 +49,20 @@ TOLERANCE = 0.01  # beyond the known values, in their own size
 # --- of a group -----------------------------------------------------------------------------------------------------------
 
 
-def of_group(group: Group, zoom: float = 1.0) -> list[float]:
-    """In the order of BUILT_IN; magnified in plane by `zoom` its pixels are smaller and the patient is as wide as before."""
+class Change(NamedTuple):
+    """What augmentation does to a group, in the order of AUGMENTED; without arguments nothing."""
+
+    degrees: float = 0.0  # in plane, about the middle, from W towards H
+    zoom: float = 1.0  # in plane; 1.1: larger
+    slices: int = 0  # so many voxels the body is moved along D, H, W, before it is turned
+    rows: int = 0
+    columns: int = 0
+
+
+def of_group(group: Group, change: Change = Change()) -> list[float]:
+    """In the order of OF_GROUP; magnified in plane a group's pixels are smaller and the patient is as wide as before."""
     x_mm, _, z_mm = group.spacing_mm
-    return [group.position, x_mm / zoom, z_mm, group.shape[2] * x_mm]
+    return [group.position, x_mm / change.zoom, z_mm, group.shape[2] * x_mm, *change]
 
 
 def scan_mm(group: Group) -> float:
@@ -145,7 +160,7 @@ class _Table:
             if name not in has:
                 closest = nearest(name, has)
                 raise ConfigError(f"prior.columns: {self.path} has no column '{name}'{closest} (it has: {', '.join(has)})")
-            if name in BUILT_IN or "=" in name or len(name) > LONGEST_NAME:
+            if name in OF_GROUP or "=" in name or len(name) > LONGEST_NAME:
                 raise InputError(f"{self.path}: a column cannot be called '{name[:LONGEST_NAME]}'; give it another name")
         if not names:
             raise InputError(f"{self.path}: has no column beside {' and '.join(KEYS)}")
@@ -217,11 +232,11 @@ class Told:
         return Told(self.names, values, self.scan_mm)
 
     def described(self) -> dict[str, float | str]:
-        """For people: categories by name, without what is withheld."""
+        """For people: categories by name, without what is withheld and what tells of augmentation."""
         described: dict[str, float | str] = {}
         for name, value in zip(self.names, self.values, strict=True):
             column, separator, category = name.partition("=")
-            if not separator and not math.isnan(value):
+            if not separator and name not in AUGMENTED and not math.isnan(value):
                 described[name] = value
             elif separator and value == 1:
                 described[column] = category
@@ -257,7 +272,7 @@ class Known:
     def given(self, asked: Mapping[str, float | str]) -> dict[str, float]:
         """What was asked, by the names of the conditions. Raises InputError, with the nearest right name or value."""
         given: dict[str, float] = {}
-        columns = {name.partition("=")[0] for name in self.names}
+        columns = {name.partition("=")[0] for name in self.names if name not in AUGMENTED}
         for name, value in asked.items():
             if name not in columns:
                 has = ", ".join(sorted(columns))

@@ -195,7 +195,8 @@ class Writer:
         for path in written(self.folder):
             latents, _, meta = _opened(path)
             end = self.done + len(latents)
-            if (meta.get("of"), meta.get("count"), latents.groups) != (self.of, len(self.groups), self.groups[self.done : end]):
+            found = meta.get("of"), meta.get("count"), latents.groups, latents.names
+            if found != (self.of, len(self.groups), self.groups[self.done : end], self.names):
                 break
             self.done = end
         for path in self.folder.glob("[0-9]*.safetensors"):

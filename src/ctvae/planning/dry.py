@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ctvae.checkpoint import EMA
-from ctvae.conditions import BUILT_IN
+from ctvae.conditions import OF_GROUP
 from ctvae.config import Config, Finish, Model, Polish, Prior, Size3, Training, Wavelet3D
 from ctvae.device import generator
 from ctvae.latents import LatentCode, LatentSet, most_fitted
@@ -228,7 +228,7 @@ def prior(cfg: Config, groups: int, kernels: Kernels) -> dict[str, int]:
         phases["fitting"] = max(ledger.since(), svd_bytes)
         latents = _latents(2, latent_shape)  # the others stay on disk
         batches = flow_batches(cfg, code, Conditioning.fit(latents.conditions))
-        network = build_velocity(cfg.prior, latent_shape, len(BUILT_IN), wiener)
+        network = build_velocity(cfg.prior, latent_shape, len(OF_GROUP), wiener)
         phases["flow"] = _flow_step("flow", network, lambda: batches(latents, 0), cfg.prior, ledger)
     return phases
 
@@ -362,7 +362,7 @@ def _encoding_groups(cfg: Config, kernels: Kernels) -> int:
 
 def _latents(count: int, latent_shape: tuple[int, ...]) -> LatentSet:
     means, logvars = (torch.empty(count, *latent_shape, dtype=torch.float16) for _ in range(2))
-    return LatentSet(means, logvars, torch.empty(count, len(BUILT_IN)), [""] * count, BUILT_IN)
+    return LatentSet(means, logvars, torch.empty(count, len(OF_GROUP)), [""] * count, OF_GROUP)
 
 
 def _flow_step(name: str, network: nn.Module, batch: Callable, settings: Prior, ledger: Ledger) -> int:

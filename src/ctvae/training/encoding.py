@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ctvae.conditions import BUILT_IN, of_group, scan_mm
+from ctvae.conditions import OF_GROUP, Change, of_group, scan_mm
 from ctvae.config import Prior
 from ctvae.device import generator
 from ctvae.latents import Writer
@@ -26,26 +26,27 @@ def encode_groups(
 ) -> None:  # fmt: skip
     """Posterior moments of every group into the folder `out`, `cfg.encodings` times each: first as it is, then augmented.
 
-    A zoomed group is told with the spacing that makes its patient as large as before, so augmentation is no leak into samples.
+    With each goes what was done to it, and a zoomed group's spacing is the one that makes its patient as large as before: the
+    prior is told of augmentation, so that samples show none.
     Each process encodes one of every `world` and gets the others' from them. What an earlier call wrote of the same (`of`: which
     network) is kept. Raises InputError when the disk is full.
     """
     device = next(network.parameters()).device
     encoded = [group for group in groups.groups for _ in range(cfg.encodings)]
     lengths, patients = torch.tensor([scan_mm(group) for group in encoded]), [group.patient for group in encoded]
-    writer = Writer(out, [group.id for group in encoded], lengths, BUILT_IN, of, patients)
+    writer = Writer(out, [group.id for group in encoded], lengths, OF_GROUP, of, patients)
     count = len(encoded)
     with Progress("encoding", total=count) as bar:
         for start in range(ranks.told(writer.begun), count, ranks.world):
             place = min(start + ranks.rank, count - 1)  # past the end the last again, which is dropped
             index, number = divmod(place, cfg.encodings)
-            x, zoom = groups.plain(index), 1.0
+            x, change = groups.plain(index), Change()
             if number:
                 random = generator(seed, place, stream=5)
-                x, zoom = groups.turned(index, random, cfg.max_rotation_degrees, cfg.max_zoom)
+                x, change = groups.turned(index, random, cfg.max_rotation_degrees, cfg.max_zoom)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 mean, logvar = network.encode(x[None].to(device))
-            told = torch.tensor([of_group(groups.groups[index], zoom)], device=device)
+            told = torch.tensor([of_group(groups.groups[index], change)], device=device)
             rows = [ranks.gathered(part).cpu() for part in (mean.half(), logvar.half(), told)]  # [world ...] each
             if ranks.first:
                 writer.add(*rows)

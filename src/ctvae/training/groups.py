@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ctvae import intensity
+from ctvae.conditions import Change
 from ctvae.config import Config, Data, Size3
 from ctvae.dataset import Dataset, Group
 from ctvae.device import batch_indices, generator
@@ -59,25 +60,31 @@ class TrainingGroups:
 
     def augmented(self, index: int, random: torch.Generator, wanted: bool = True) -> Tensor:
         """Group `index`, shifted at random and with the settings' noise: [1 D H W]. One voxel if it is not `wanted`."""
-        limits = self.data.max_shift_voxels
-        shift = [int(torch.randint(-most, most + 1, (), generator=random)) for most in limits]
+        return self._changed(index, self._any_shift(random), random, wanted)
+
+    def _any_shift(self, random: torch.Generator) -> Size3:
+        d, h, w = (int(torch.randint(-most, most + 1, (), generator=random)) for most in self.data.max_shift_voxels)
+        return d, h, w
+
+    def _changed(self, index: int, shift: Size3, random: torch.Generator, wanted: bool = True) -> Tensor:
         noise = torch.randn((1, *self.shape), generator=random) if self.data.noise_hu else None
         if not wanted:
             return torch.ones(1, 1, 1, 1)
-        x = self._load(index, (shift[0], shift[1], shift[2]))
+        x = self._load(index, shift)
         if noise is not None:
             low, high = self.data.window_hu
             x = x + noise * (2 * self.data.noise_hu / (high - low))
         return x.clamp(-1, 1)
 
-    def turned(self, index: int, random: torch.Generator, max_degrees: float, max_zoom: float) -> tuple[Tensor, float]:
-        """Group `index` shifted at random, then turned and zoomed in plane: [1 D H W], and the zoom (1.1: larger).
+    def turned(self, index: int, random: torch.Generator, max_degrees: float, max_zoom: float) -> tuple[Tensor, Change]:
+        """Group `index` shifted at random, then turned and zoomed in plane: [1 D H W], and what was done.
 
         Patients lie like that, and a zoomed one is a smaller or larger one: no slice is mixed with another, none is missing.
         """
         degrees = max_degrees * (2 * torch.rand((), generator=random).item() - 1)
         zoom = (1 + max_zoom) ** (2 * torch.rand((), generator=random).item() - 1)
-        return in_plane(self.augmented(index, random), degrees, zoom), zoom
+        d, h, w = self._any_shift(random)  # of the frame: the body moves the other way
+        return in_plane(self._changed(index, (d, h, w), random), degrees, zoom), Change(degrees, zoom, -d, -h, -w)
 
     def plain(self, index: int) -> Tensor:
         """Group `index` as it is: [1 D H W]."""

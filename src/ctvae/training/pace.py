@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ctvae.conditions import BUILT_IN
+from ctvae.conditions import OF_GROUP
 from ctvae.config import Config, Training
 from ctvae.device import generator, make_fabric, place
 from ctvae.latents import LatentCode, LatentSet
@@ -70,10 +70,10 @@ def prior_step_seconds(cfg: Config) -> float:
     shape = tuple(build(cfg.model, cfg.data.shape).latent_shape)
     means, logvars = torch.randn(FEW_LATENTS, *shape), torch.full((FEW_LATENTS, *shape), -6.0)
     groups = [str(number) for number in range(FEW_LATENTS)]
-    latents = LatentSet(means.half(), logvars.half(), torch.rand(FEW_LATENTS, len(BUILT_IN)), groups)
+    latents = LatentSet(means.half(), logvars.half(), torch.rand(FEW_LATENTS, len(OF_GROUP)), groups)
     code = LatentCode.fit(latents)
     batch = flow_batches(cfg, code, Conditioning.fit(latents.conditions))(latents, 0)
-    network = build_velocity(cfg.prior, shape, len(BUILT_IN), fit_wiener(cfg.prior, code, latents))
+    network = build_velocity(cfg.prior, shape, len(OF_GROUP), fit_wiener(cfg.prior, code, latents))
     return _seconds(network, FlowObjective(network), cfg.prior, _flow_loss(batch))
 
 
