@@ -242,7 +242,6 @@ import resource, sys
 from pathlib import Path
 import torch
 from ctvae import latents
-from ctvae.conditions import Change
 from ctvae.config import load_recipe
 from ctvae.latents import LatentCode, LatentSet, Writer
 from ctvae.training.prior import Conditioning, fit_wiener, flow_batches
