@@ -6,9 +6,9 @@
     python benchmarks/fuzz_coverage.py dicom --runs 20000 --seed 7
 
 Bytes are changed so that lines of ctvae, nibabel and pydicom are reached that none before them reached: those of a NIfTI file, of
-a gzipped one, or of one slice of a DICOM series. Well done is what it is there: read, or refused by an InputError of one line that
-names the file; a warning is not. Anything else ends the run, and so do 20 seconds or 512 MB more than the imports take; the bytes
-are then left in `--out`.
+a gzipped one, or of one slice of a DICOM series. Well done is what it is there: read, or refused by an InputError of one line
+that names the file; a warning is not. Anything else ends the run, and so do 20 seconds or 512 MB more than the imports take; the
+bytes are then left in `--out`.
 """
 
 from __future__ import annotations
