@@ -6,7 +6,7 @@ Phantoms are prepared and a network of a few thousand weights is trained in fp32
 process, once by several that torchrun starts on this machine (gloo), at the same batches. Then once more by several, of which
 one is killed -9 after the first checkpoint, and once by two agents of torchrun that meet, as on two machines. The prior alone is
 trained once more with its network cut up over the processes (prior.shard), and a larger one's step is weighed (sharded_step.py).
-Exit code 1 where curves differ by more than the tolerance, relative to the loss (of a flow: to its latents' variance, of which its
+Exit code 1 where curves differ by more than the tolerance, relative to the loss (of a flow: to its latents' variance, of which the
 loss is a small share), or anything else is not as it should be.
 """
 
@@ -202,8 +202,8 @@ def cut_up(staged: Staged) -> bool:
     for name, run in ((f"{staged.processes} processes", sharded), ("the same, ended by one process with the whole", moved)):
         largest, said = difference(staged.alone, run, "flow")
         change = (flow_weights(run) - expected).norm() / expected.norm()
-        print(f"shard: {name}: curve of the flow differs from that of one by {said}, trained weights by {change:.1e} of their norm",
-              flush=True)  # fmt: skip
+        print(f"shard: {name}: curve of the flow differs from that of one by {said}, trained weights by {change:.1e} of their "
+              "norm", flush=True)  # fmt: skip
         worst = max(worst, largest)
     return survived and worst <= staged.tolerance
 
