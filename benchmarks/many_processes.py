@@ -6,8 +6,8 @@ Phantoms are prepared and a network of a few thousand weights is trained in fp32
 process, once by several that torchrun starts on this machine (gloo), at the same batches. Then once more by several, of which
 one is killed -9 after the first checkpoint, and once by two agents of torchrun that meet, as on two machines. The prior alone is
 trained once more with its network cut up over the processes (prior.shard), and a larger one's step is weighed (sharded_step.py).
-Exit code 1 where curves differ by more than the tolerance, relative to the loss (of a flow: to its latents' variance, of which the
-loss is a small share), or anything else is not as it should be.
+Exit code 1 where curves differ by more than the tolerance, relative to the loss (of a flow: to its latents' variance, of which
+the loss is a small share), or anything else is not as it should be.
 """
 
 from __future__ import annotations
