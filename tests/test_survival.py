@@ -52,7 +52,7 @@ def test_preparing_ten_times_as_many_scans_takes_ten_times_as_long_and_little_mo
     assert many["leader_mb"] - few["leader_mb"] < 40
 
 
-def test_a_prior_of_ten_times_as_many_latents_takes_no_more_memory(tmp_path):
+def test_a_prior_of_five_times_as_many_latents_takes_no_more_memory(tmp_path):
     """Beyond the thousand that closed forms are fitted to."""
     said = ran("scaling.py", "--what", "prior", "--counts", "1000", "5000", "--out", str(tmp_path))
     few, many = (json.loads(line) for line in said.splitlines() if line.startswith("{"))
