@@ -52,7 +52,7 @@ def run(command: list[str], stop_after: int | None, kept: Path) -> dict[str, flo
     process = subprocess.Popen(command)
     while process.poll() is None:
         time.sleep(0.2)
-        if stop_after and kept.is_dir() and len(list(kept.glob("*.npz"))) >= stop_after:
+        if stop_after and kept.is_dir() and len(list(kept.glob("*.safetensors"))) >= stop_after:
             process.send_signal(signal.SIGINT)
             process.wait()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -73,7 +73,7 @@ def main() -> None:
     command = [sys.executable, "-m", "ctvae", "evaluate", *map(str, sides), "--out", str(report)]
     (report / "report.json").unlink(missing_ok=True)
     first = run(command, 2 * asked.count // 3, report / ".partial")
-    kept = len(list((report / ".partial").glob("*.npz")))
+    kept = len(list((report / ".partial").glob("*.safetensors")))
     second = run(command, None, report / ".partial")
     told = {"stopped": first, "scans_kept": kept, "again": second, "load_average": os.getloadavg(), "cores": os.cpu_count()}
     print(json.dumps(told, indent=1))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import resource
 import shutil
 import sys
@@ -148,9 +149,9 @@ def _try(path: Path, described: str, folder: Path, loud: bool = False) -> tuple[
 
 
 def _reason(said: str) -> str:
-    """A message without what is different in each."""
-    words = said.partition(": ")[2]
-    return words.partition("(")[0][:60].split(" is ")[0].strip(" :") if words else said[:40]
+    """A message without what is different in each: names, numbers, what stands in brackets."""
+    words = re.sub(r"^d\d+/\w+: ", "", said.partition(": ")[2] or said)
+    return re.sub(r"-?\d[\d.e+x-]*", "#", words.partition("(")[0].partition(";")[0])[:90].strip(" :")
 
 
 def _status(key: str) -> int:

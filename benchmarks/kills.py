@@ -46,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="kills"))
     try:
-        verbs = _stage(scratch)
+        verbs = staged(scratch)
         chosen = {name: verbs[name] for name in arguments.verbs.split(",")}
         failed = sum(_judge(name, verb, scratch / name, arguments) for name, verb in chosen.items())
     finally:
@@ -54,7 +54,7 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def _stage(scratch: Path) -> dict[str, Verb]:
+def staged(scratch: Path) -> dict[str, Verb]:
     """What the verbs need, and their command lines. Everything is imported here once, so that the kills meet work."""
     from conftest import TINY
 
@@ -72,7 +72,7 @@ def _stage(scratch: Path) -> dict[str, Verb]:
         [*train, str(run)],
         ["generate", str(run), "--out", str(made), "-n", "6"],
     ):
-        if _finish(command) != 0:
+        if finish(command) != 0:
             raise SystemExit(f"could not stage: {command}")
     return {
         "prepare": lambda out: [*prepare, "2", "--patients-of", str(data), "--out", str(out)],
@@ -85,10 +85,10 @@ def _stage(scratch: Path) -> dict[str, Verb]:
 def _judge(name: str, verb: Verb, folder: Path, arguments: argparse.Namespace) -> int:
     """Number of trials that did not end as they should."""
     start = time.monotonic()
-    if _finish(verb(folder / "through")) != 0:
+    if finish(verb(folder / "through")) != 0:
         raise SystemExit(f"{name}: does not run through")
     seconds = time.monotonic() - start
-    expected = _content(folder / "through")
+    expected = content(folder / "through")
     longest = seconds * min(1.0, 2 / arguments.kills)
     failed = killed = 0
     for trial in range(arguments.trials):
@@ -100,12 +100,12 @@ def _judge(name: str, verb: Verb, folder: Path, arguments: argparse.Namespace) -
             if not _killed(verb(out), moments[-1]):
                 break
             killed += 1
-        code = _finish(verb(out))
-        different = _different(expected, _content(out))
-        if code or different:
+        code = finish(verb(out))
+        changed = different(expected, content(out))
+        if code or changed:
             failed += 1
-            print(f"{name} trial {trial}, killed after {moments}: exit code {code}, different: {different[:5]} "
-                  f"{[_first(expected[n], _content(out)[n]) for n in different if n in expected and (out / n).exists()][:2]}",
+            print(f"{name} trial {trial}, killed after {moments}: exit code {code}, different: {changed[:5]} "
+                  f"{[_first(expected[n], content(out)[n]) for n in changed if n in expected and (out / n).exists()][:2]}",
                   flush=True)  # fmt: skip
         shutil.rmtree(out)
     print(f"{name}: {killed} kills in {arguments.trials} trials (one run: {seconds:.1f} s, {len(expected)} files), "
@@ -113,28 +113,28 @@ def _judge(name: str, verb: Verb, folder: Path, arguments: argparse.Namespace) -
     return failed
 
 
-def _fork(command: list[str]) -> int:
-    """The process id, and group, of a child that runs the command line."""
+def fork(command: list[str], said: str = os.devnull) -> int:
+    """The process id, and group, of a child that runs the command line; `said` is a file that takes what it says on stderr."""
     child = os.fork()
     if child:
         return child
     os.setsid()
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if not os.environ.get("LOUD"):
-        os.dup2(quiet, 2)
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     from ctvae.__main__ import run
 
     os._exit(run(command))
 
 
-def _finish(command: list[str]) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(_fork(command), 0)[1])
+def finish(command: list[str], said: str = os.devnull) -> int:
+    """Its exit code."""
+    return os.waitstatus_to_exitcode(os.waitpid(fork(command, said), 0)[1])
 
 
 def _killed(command: list[str], after_seconds: float) -> bool:
     """Whether the command was still running when it was killed, with all its workers."""
-    child = _fork(command)
+    child = fork(command)
     deadline = time.monotonic() + after_seconds
     while time.monotonic() < deadline:
         done, _ = os.waitpid(child, os.WNOHANG)
@@ -146,14 +146,14 @@ def _killed(command: list[str], after_seconds: float) -> bool:
     return True
 
 
-def _content(folder: Path) -> dict[str, bytes]:
+def content(folder: Path) -> dict[str, bytes]:
     """Every file, hidden ones too: nothing that a killed writer left may stay. Without times."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and "tfevents" not in path.name:
-            content = path.read_bytes().replace(str(folder).encode(), b"OUT")
+            raw = path.read_bytes().replace(str(folder).encode(), b"OUT")
             plain = {".safetensors": _tensors, ".csv": _losses}.get(path.suffix, lambda raw: TIMES.sub(b"TIME", raw))
-            found[str(path.relative_to(folder))] = plain(content)
+            found[str(path.relative_to(folder))] = plain(raw)
     return found
 
 
@@ -176,7 +176,7 @@ def _first(expected: bytes, found: bytes) -> list[str]:
     return next(([f"{one[:80]!r}", f"{other[:80]!r}"] for one, other in pairs if one != other), ["length"])
 
 
-def _different(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
+def different(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
     return sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
 
 

@@ -6,8 +6,8 @@ Phantoms are prepared and a network of a few thousand weights is trained in fp32
 process, once by several that torchrun starts on this machine (gloo), at the same batches. Then once more by several, of which
 one is killed -9 after the first checkpoint, and once by two agents of torchrun that meet, as on two machines. The prior alone is
 trained once more with its network cut up over the processes (prior.shard), and a larger one's step is weighed (sharded_step.py).
-Exit code 1 where curves differ by more than the tolerance, relative to the loss (of a flow from latents of its own: to their
-variance, of which its loss is a share), or anything else is not as it should be.
+Exit code 1 where curves differ by more than the tolerance, relative to the loss (of a flow: to its latents' variance, of which
+the loss is a small share), or anything else is not as it should be.
 """
 
 from __future__ import annotations
@@ -103,26 +103,33 @@ def compare_curves(staged: Staged) -> bool:
     runs = {"autoencoder": staged.together, "polish": staged.together, "flow": again}
     worst = 0.0
     for stage, run in runs.items():
-        one, largest = curve(staged.alone, stage), difference(staged.alone, run, stage)
+        one = curve(staged.alone, stage)
+        largest, said = difference(staged.alone, run, stage)
         print(f"{stage}: {one[-1][0]} steps, {len(one)} reports, loss {one[0][1]:.4g} to {one[-1][1]:.4g}; "
-              f"{staged.processes} processes differ by {largest:.1e} of it at most", flush=True)  # fmt: skip
+              f"{staged.processes} processes differ by {said}", flush=True)  # fmt: skip
         worst = max(worst, largest)
-    own, of_loss = (difference(staged.alone, staged.together, "flow", relative) for relative in (False, True))
-    print(f"flow from latents of its own: {staged.processes} processes differ by {own:.1e} of the latents' variance at most, "
-          f"{of_loss:.1e} of the loss", flush=True)  # fmt: skip
-    worst = max(worst, own)
+    largest, said = difference(staged.alone, staged.together, "flow")
+    print(f"flow from latents of its own: {staged.processes} processes differ by {said}", flush=True)
+    worst = max(worst, largest)
     one, several = flat_weights(staged.alone), flat_weights(staged.together)
     change = (one - several).norm() / one.norm()
     print(f"weights of all networks: {one.numel()} numbers, differ by {change:.1e} of their norm", flush=True)
     return worst <= staged.tolerance and len(one) == len(several)
 
 
-def difference(first: Path, second: Path, stage: str, relative: bool = True) -> float:
-    """Largest between two runs' curves, by default relative to the loss; infinite where they report at other steps."""
+def difference(first: Path, second: Path, stage: str) -> tuple[float, str]:
+    """Largest between two runs' curves, relative to the loss (of a flow: to its latents' variance, which is 1), and in words.
+
+    Infinite where they report at other steps.
+    """
     one, other = curve(first, stage), curve(second, stage)
     if [step for step, _ in one] != [step for step, _ in other]:
-        return math.inf
-    return max(abs(a - b) / (abs(a) if relative else 1) for (_, a), (_, b) in zip(one, other, strict=True))
+        return math.inf, "the steps at which they report"
+    pairs = [(a, abs(a - b)) for (_, a), (_, b) in zip(one, other, strict=True)]
+    of_loss, of_variance = max(gap / abs(loss) for loss, gap in pairs), max(gap for _, gap in pairs)
+    if stage == "flow":
+        return of_variance, f"{of_variance:.1e} of the latents' variance at most, {of_loss:.1e} of the loss"
+    return of_loss, f"{of_loss:.1e} of the loss at most"
 
 
 def meet(staged: Staged) -> bool:
@@ -193,10 +200,10 @@ def cut_up(staged: Staged) -> bool:
     finished(alone(staged.train(moved)))
     expected, worst = flow_weights(staged.alone), 0.0
     for name, run in ((f"{staged.processes} processes", sharded), ("the same, ended by one process with the whole", moved)):
-        largest = difference(staged.alone, run, "flow")
+        largest, said = difference(staged.alone, run, "flow")
         change = (flow_weights(run) - expected).norm() / expected.norm()
-        print(f"shard: {name}: curve of the flow differs from that of one by {largest:.1e} of the loss at most, trained weights "
-              f"by {change:.1e} of their norm", flush=True)  # fmt: skip
+        print(f"shard: {name}: curve of the flow differs from that of one by {said}, trained weights by {change:.1e} of their "
+              "norm", flush=True)  # fmt: skip
         worst = max(worst, largest)
     return survived and worst <= staged.tolerance
 

@@ -11,7 +11,8 @@ prior: synthetic latents of 4 x 8 x 8 x 16 numbers, as many as scans, in a fresh
 shards, of the one pass over all of them, of the closed forms (from 1,000 of them at most), of a search for copies among all of
 them, and of 20 steps of a small flow; the greatest resident memory in each of these, and before (Linux).
 
-A straight line through each, and its share of the variance, say whether time is linear and memory flat.
+A straight line through each, its share of the variance, and the slope between logarithms (1: linear, 0: flat) say whether time is
+linear and memory flat.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def _in_new_process(work: Callable[[Path, int], dict[str, float]], folder: Path,
     ours, theirs = context.Pipe()
     process = context.Process(target=_send, args=(theirs, work, folder, number))
     process.start()
+    theirs.close()  # or nobody would notice that it died
     figures = ours.recv()
     process.join()
     return figures
@@ -138,7 +140,7 @@ def _prior(folder: Path, count: int) -> dict[str, float]:
     held_out = latents.chosen(range(min(100, count)))
     watch = Watch(code, wiener, latents, held_out, held_out.conditions, 0)
     with _timed(figures, "copies"):
-        watch.known.nearest(watch.held_out)
+        watch.known.closeness(watch.held_out)
     conditioning = Conditioning.fit(latents.conditions)
     network = build_velocity(cfg.prior, latents.shape, len(latents.names), wiener)
     with _timed(figures, "flow"):
@@ -183,7 +185,9 @@ def _line(key: str, counts: list[int], values: list[float]) -> str:
     slope, start = np.polyfit(counts, values, 1)
     rest = np.array(values) - np.polyval([slope, start], counts)
     explained = 1 - float(np.square(rest).sum() / max(1e-9, np.square(np.array(values) - np.mean(values)).sum()))
-    return f"{key}: {1000 * slope:.3g} per 1000 scans + {start:.3g} (R^2 {explained:.4f}); at 50000: {50_000 * slope + start:.0f}"
+    power = np.polyfit(np.log(counts), np.log(values), 1)[0] if min(values) > 0 else math.nan
+    return (f"{key}: {1000 * slope:.3g} per 1000 scans + {start:.3g} (R^2 {explained:.4f}; log-log slope {power:.2f}); "
+            f"at 50000: {50_000 * slope + start:.0f}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -206,6 +206,22 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, damage):
     assert_equal(dict(other.state_dict()), at_two)
 
 
+def test_a_state_of_another_network_is_one_line(tmp_path):
+    """As in a run folder from anywhere."""
+    module, ema, optimizer = state(torch.optim.Adam, 0)
+    checkpoints = Checkpoints(tmp_path, "net")
+    checkpoints.save(2, module, ema, optimizer, {})
+    (path,) = checkpoints.paths()
+    tensors, meta = load(path)
+    (name, *_) = (key for key in tensors if key.startswith("ema."))
+    without = {key: value for key, value in tensors.items() if key != name}
+    other = {**tensors, name: torch.zeros(3, 3)}
+    for content, facts in ((without, meta), (other, meta), (tensors, {}), (tensors, {"step": "2"})):
+        save(path, content, facts)
+        with pytest.raises(ModelError, match=r"net-00000002\.safetensors: is of another network"):
+            checkpoints.resume(module, ema, optimizer)
+
+
 def test_nothing_to_resume_changes_nothing(tmp_path):
     module, ema, optimizer = state(torch.optim.Adam, 0)
     assert Checkpoints(tmp_path / "none", "net").resume(module, ema, optimizer) == {"step": 0}

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from typer.main import get_command
@@ -341,12 +342,16 @@ def test_a_window_by_name_or_by_numbers(monkeypatch, typed, override):
 
 
 def test_commands_import_what_they_call_inside():
-    """At the top of the file stand typer and the standard library only."""
-    tree = ast.parse(Path(cli.__file__).read_text(encoding="utf-8"))
-    top = {
-        name.partition(".")[0]
-        for node in tree.body
+    """At the top of the file stand typer, the standard library and the options, for which the same holds."""
+    shared = {"__future__", "pathlib", "typing", "typer"}
+    assert imported_at_the_top(cli) == {*shared, "ctvae", "ctvae.options"}
+    assert imported_at_the_top(cli.options) == shared
+
+
+def imported_at_the_top(module: ModuleType) -> set[str]:
+    return {
+        name
+        for node in ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8")).body
         if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)])
     }
-    assert top == {"__future__", "pathlib", "typing", "typer"}

@@ -102,16 +102,14 @@ def test_what_was_prepared_stays_when_the_disk_is_full(scans, tmp_path):
     assert content(out) == before
 
 
-@pytest.mark.skipif(bool(AS_ANYONE) and not shutil.which("setpriv"), reason="root needs setpriv to be refused anything")
-def test_a_folder_that_may_not_be_written_is_one_line_for_every_verb(scans, tiny_dataset, tiny_run, tmp_path):
+@pytest.fixture
+def every_verb(scans, tiny_dataset, tiny_run, tmp_path) -> list[list[str]]:
+    """A command for each verb that writes, without its --out."""
     hu = hostile_files.body(5, (64, 24, 24))
     scan = str(tmp_path / "scan.nii")
     nifti.write(Path(scan), Volume(hu, plain_affine((12.0, 12.0, 4.5), hu.shape)))
-    closed = tmp_path / "closed"
-    closed.mkdir()
-    closed.chmod(0o555)
     data, run = str(tiny_dataset), str(tiny_run)
-    commands = [
+    return [
         ["prepare", str(scans), "--slices", "8", "--workers", "1"],
         ["train", data],
         ["compare", data, "--methods", "wavelet3d", "--minutes", "0.01"],
@@ -121,13 +119,58 @@ def test_a_folder_that_may_not_be_written_is_one_line_for_every_verb(scans, tiny
         ["evaluate", "--real", data, "--synthetic", str(tiny_dataset / "groups")],
         ["export", run],
         ["reconstruct", run, scan],
+        ["plan", "--size", "16x16x16", "--memory", "4GB"],
+        ["demo"],
     ]
-    places = [str(closed / ("again.nii" if command[0] == "reconstruct" else "out")) for command in commands]
-    each = ran(*((-1, [*command, "--out", place]) for command, place in zip(commands, places, strict=True)), by=AS_ANYONE)
-    for command, lines in zip(commands, each, strict=True):
+
+
+def place(command: list[str], folder: Path) -> str:
+    """What the command is to write there."""
+    return str(folder / {"reconstruct": "again.nii", "plan": "plan.yaml"}.get(command[0], "out"))
+
+
+@pytest.mark.skipif(bool(AS_ANYONE) and not shutil.which("setpriv"), reason="root needs setpriv to be refused anything")
+def test_a_folder_that_may_not_be_written_is_one_line_for_every_verb(every_verb, tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(0o555)
+    each = ran(*((-1, [*command, "--out", place(command, closed)]) for command in every_verb), by=AS_ANYONE)
+    for command, lines in zip(every_verb, each, strict=True):
         assert f"{closed}" in refused(lines), command
         assert "cannot be written (Permission denied); free space or choose another folder" in refused(lines), command
     assert list(closed.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_one_line_for_every_verb(every_verb, tmp_path):
+    folders = [tmp_path / "full" / command[0] for command in every_verb]
+    each = ran(*((64, [*command, "--out", place(command, to)]) for command, to in zip(every_verb, folders, strict=True)))
+    for command, folder, lines in zip(every_verb, folders, each, strict=True):
+        assert f"{folder}" in refused(lines), command
+        assert "File too large" in refused(lines), command
+        assert "free space or choose another folder" in refused(lines), command
+        assert all(len(raw) <= 64 for raw in content(folder).values()), command
+
+
+@pytest.mark.skipif(bool(AS_ANYONE) and not shutil.which("setpriv"), reason="root needs setpriv to be refused anything")
+def test_a_run_that_may_no_longer_be_written_keeps_its_checkpoints(tiny_dataset, tiny_run, tiny_settings, tmp_path):
+    run = tmp_path / "run"
+    command = ["train", str(tiny_dataset), "--out", str(run), *(word for text in tiny_settings for word in ("--set", text))]
+    script = [sys.executable, "-c", FULL_AFTER_SOME, json.dumps((1, 0, command))]
+    subprocess.run(script, capture_output=True, check=True)  # stopped after its first checkpoint, by whatever
+    before = content(run)
+    folders = [run, *(path for path in run.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    (closed,) = ran((-1, command), by=AS_ANYONE)
+    assert "cannot be written (Permission denied)" in refused(closed)
+    assert content(run) == before
+    for folder in folders:
+        folder.chmod(0o755)
+    (again,) = ran((-1, command))
+    assert again[-1] == "exit code 0"
+    for path in sorted(tiny_run.glob("*.safetensors")):
+        one, other = load(path)[0], load(run / path.name)[0]
+        assert all(torch.equal(value, other[name]) for name, value in one.items()), path.name
 
 
 def test_a_place_that_cannot_be_is_one_line(scans, tmp_path):
@@ -181,6 +224,18 @@ def test_scans_that_were_generated_stay_when_the_disk_is_full(tiny_run, tmp_path
     assert "contact-sheet.png: cannot be written (File too large)" in refused(before)
     assert again[-1] == "exit code 0"
     assert content(out) == content(through)
+
+
+def test_an_export_that_was_interrupted_is_begun_anew(tiny_run, tmp_path):
+    through, out = tmp_path / "through", tmp_path / "out"
+    card = tmp_path / "card.md"
+    card.write_text("# A model")
+    export = ["export", str(tiny_run), "--card", str(card), "--out"]
+    _, full, again, twice = ran((-1, [*export, str(through)]), (9000, [*export, str(out)]), *[(-1, [*export, str(out)])] * 2)
+    assert "File too large" in refused(full)
+    assert again[-1] == "exit code 0"
+    assert content(out) == content(through)
+    assert "is not empty" in refused(twice)
 
 
 @pytest.mark.slow

@@ -1,10 +1,16 @@
-"""Documentation that runs: every `ctvae ...` line parses, linked files exist, the tutorial works on phantoms."""
+"""Documentation that runs: every `ctvae ...` line parses, linked files exist, and (slow) every command is run on phantoms.
+
+For the latter each block of commands is given to bash as it stands, in a folder that has what the page takes for granted. What it
+calls `ctvae` and `torchrun` makes the networks small and the training short, and two processes stand for eight; `srun` and
+`scontrol` stand for Slurm's.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +24,7 @@ from ctvae import cli
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS = get_command(cli.app).commands
-SMALL = [  # settings for the tutorial's networks that train in seconds
+SMALL = [  # settings for networks that train in seconds
     "model.strides=[[2,2,2],[2,2,2]]",
     "model.widths=[4,8]",
     "model.blocks=[1,1]",
@@ -110,29 +116,125 @@ def test_ci_runs_what_the_readme_says():
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
-def quickened(line: str) -> list[str]:
-    """A tutorial command as it stands, but with small networks and seconds of training."""
-    words = shlex.split(line)
-    if words[0] == "python":
-        return [sys.executable, *words[1:]]
-    assert words[0] == "ctvae"
-    if "--minutes" in words:
-        words[words.index("--minutes") + 1] = "0.1"
-    small = [word for setting in SMALL for word in ("--set", setting)] if words[1] == "train" else []
-    return [sys.executable, "-m", "ctvae", *words[1:], *small]
+STAND_INS = {
+    "ctvae": "{python} {tests}/test_docs.py ctvae",
+    "torchrun": "{python} {tests}/test_docs.py torchrun",
+    "python": "{python}",
+    "srun": "exec",
+    "scontrol": "echo localhost #",
+}
+
+
+def main(name: str, *arguments: str) -> None:
+    """What a block calls `ctvae` or `torchrun`."""
+    words = list(arguments)
+    if name == "torchrun":
+        words[words.index("--nproc-per-node") + 1] = "2"
+        start = words.index("ctvae") + 1
+        command = ["-m", "torch.distributed.run", *words[:start], *quickened(words[start:])]
+    else:
+        command = ["-m", "ctvae", *quickened(words)]
+    os.execv(sys.executable, [sys.executable, *command])
+
+
+def quickened(words: list[str]) -> list[str]:
+    """A command's arguments as they stand, but with small networks and seconds of training."""
+    words = list(words)
+    verb = words[0]
+    shorter = {"--minutes": "0.1", "--hours": "0.005"} | ({"--size": "32"} if verb == "prepare" else {})
+    for option in shorter.keys() & set(words):
+        words[words.index(option) + 1] = shorter[option]
+    if verb == "train" and not {"--minutes", "--hours", "--plan"} & set(words):
+        words += ["--minutes", "0.1"]
+    if verb in ("train", "plan") and "--plan" not in words:  # a plan has them already
+        words += [word for setting in SMALL for word in ("--set", setting)]
+    return words
+
+
+def run_block(block: str, folder: Path) -> None:
+    """By bash, in `folder`."""
+    stand_ins = folder / ".stand-ins"
+    stand_ins.mkdir(exist_ok=True)
+    for name, command in STAND_INS.items():
+        line = command.format(python=shlex.quote(sys.executable), tests=shlex.quote(str(ROOT / "tests")))
+        (stand_ins / name).write_text(f"#!/bin/bash\n{line} \"$@\"\n")
+        (stand_ins / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1"}
+    ours = {"PATH": f"{stand_ins}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    script = "set -e -o pipefail\n" + block.replace("/shared/", "")
+    environment = os.environ | slurm | ours
+    done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> Path:
+    """What the pages take for granted: scans, labels, a DICOM study, a table, a dataset with groups along the body, and a run."""
+    import hostile_files
+
+    from ctvae import Dataset, nifti, prepare, train
+    from ctvae.phantoms import write_phantoms
+
+    folder = tmp_path_factory.mktemp("given")
+    write_phantoms(folder / "scans", 12, shape=(96, 80, 80), spacing_mm=(4.0, 4.0, 3.0))
+    for n, path in enumerate(sorted((folder / "scans").glob("*.nii.gz"))):
+        labels = path.parent / "labels" / path.name
+        path.rename(path.with_name(f"P{n:02d}_{path.name}"))
+        labels.rename(labels.with_name(f"P{n:02d}_{path.name}"))
+    shutil.copytree(folder / "scans" / "labels", folder / "labels")
+    shutil.copytree(folder / "scans", folder / "headneck")
+    study = folder / "dicom" / "P99_study"
+    study.mkdir(parents=True)
+    whole, _ = nifti.read(next((folder / "scans").glob("*.nii.gz")))
+    for n, image in enumerate(hostile_files.series(whole.hu)):
+        image.save_as(study / f"{n:03d}", enforce_file_format=True)
+    prepare(folder / "scans", folder / "dataset", slices=32, stride=16, fractions=(0.7, 0.15, 0.15), workers=1)
+    train(folder / "dataset", folder / "run", minutes=0.2, overrides=SMALL)
+    patients = sorted({group.patient for group in Dataset.open(folder / "dataset").groups("train")})
+    rows = [f"{patient},{50 + 3 * n},{'FM'[n % 2]}" for n, patient in enumerate(patients)]
+    (folder / "table.csv").write_text("\n".join(["patient,age,sex", *rows]))
+    (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
+    (folder / "docs").symlink_to(ROOT / "docs")
+    return folder
+
+
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}:{block[:40]}")
+    for page in PAGES
+    if page.name != "tutorial.md"
+    for block in blocks(page, "sh")
+    if not block.startswith(("make ", "pip "))
+]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_block_of_commands_works_as_written(block, given, tmp_path):
+    folder = Path(shutil.copytree(given, tmp_path / "here", symlinks=True))
+    made = set(re.findall(r"--out (\S+)", block.replace("/shared/", "")))
+    for name in made & {"dataset", "run"}:
+        shutil.rmtree(folder / name)
+    run_block(block, folder)
+    for name in made - {"$prior"}:
+        assert (folder / name).exists(), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_tutorial_works_as_written(tmp_path):
-    """Every command of the tutorial, in order, in an empty folder."""
-    lines = shell_lines(ROOT / "docs" / "tutorial.md")
-    assert len(lines) >= 9
-    for line in lines:
-        done = subprocess.run(quickened(line), cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    """All of it, in order, in an empty folder."""
+    tutorial = blocks(ROOT / "docs" / "tutorial.md", "sh")
+    assert len(tutorial) >= 8
+    for block in tutorial:
+        run_block(block, tmp_path)
     assert len(list((tmp_path / "synthetic").glob("*.nii.gz"))) == 4
     assert len(list((tmp_path / "variations").glob("*.nii.gz"))) == 2
     assert (tmp_path / "again.nii.gz").exists()
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert "data:image/png;base64," in page
     assert not re.search(r"(src|href)=[\"']https?:", page), "the page needs nothing from outside"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import re
 from importlib import resources
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from monai.networks import nets
+from safetensors.torch import save_file
 from scipy.ndimage import gaussian_filter
 
 from ctvae import nifti
@@ -163,15 +166,21 @@ def test_volumes_for_the_viewer_are_the_scans_and_not_too_large(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "shortcut"), [("resnet10", "B"), ("resnet18", "A"), ("resnet50", "B")])
-def test_medicalnet_weights_are_read_as_they_are_published(name, shortcut, tmp_path):
-    """A checkpoint laid out like MedicalNet's gives the features of MONAI's own network."""
+def test_medicalnet_weights_are_read_once_they_are_safetensors(name, shortcut, tmp_path, monkeypatch):
+    """A checkpoint laid out like MedicalNet's, turned into safetensors as the documentation says, gives the features of MONAI's
+    own network."""
     torch.manual_seed(0)
     network = getattr(nets, name)(
         spatial_dims=3, n_input_channels=1, feed_forward=False, shortcut_type=shortcut, bias_downsample=False
     ).eval()
-    torch.save({"state_dict": {f"module.{key}": value for key, value in network.state_dict().items()}}, tmp_path / "w.pth")
+    published = {f"module.{key}": value for key, value in network.state_dict().items()}
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": published}, "resnet_10_23dataset.pth")
+    page = Path(__file__).parents[1] / "docs" / "evaluation.md"
+    (recipe,) = [block for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S) if "torch.load" in block]
+    exec(recipe)
     hu = gaussian_filter(np.random.default_rng(1).normal(size=(20, 24, 28)), 2) * 2000
-    found = medicalnet.load(tmp_path / "w.pth")
+    found = medicalnet.load(tmp_path / "resnet_10_23dataset.safetensors")
     x, body = network_input(hu)
     x = (x - x[body > 0].mean()) / (x[body > 0].std() + 1e-6)
     with torch.inference_mode():
@@ -184,9 +193,11 @@ def network_input(hu: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_a_file_that_is_no_medicalnet_is_refused_in_one_line(tmp_path):
-    (tmp_path / "text.pth").write_text("nothing")
-    torch.save({"state_dict": {"layer1.0.conv1.weight": torch.zeros(3)}}, tmp_path / "other.pth")
-    for name, message in (("none.pth", "no such file"), ("text.pth", "not a checkpoint"), ("other.pth", "not the weights")):
-        with pytest.raises(InputError, match=message) as caught:
+    (tmp_path / "text").write_text("nothing")
+    torch.save({"layer1.0.conv1.weight": torch.zeros(3)}, tmp_path / "pickle")
+    save_file({"layer1.0.conv1.weight": torch.zeros(3)}, tmp_path / "other")
+    reasons = {"none": "no such file", "text": "not safetensors", "pickle": "not safetensors", "other": "not the weights"}
+    for name, reason in reasons.items():
+        with pytest.raises(InputError, match=reason) as caught:
             medicalnet.load(tmp_path / name)
         assert "\n" not in str(caught.value)

@@ -41,6 +41,25 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, failure):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_is_on_disk_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch):
+    flush, rename, done = os.fsync, os.replace, []
+
+    def flushed(descriptor: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        flush(descriptor)
+
+    def renamed(old: Path, new: Path) -> None:
+        done.append(f"{old} -> {new}")
+        rename(old, new)
+
+    monkeypatch.setattr(files.os, "fsync", flushed)
+    monkeypatch.setattr(files.os, "replace", renamed)
+    with files.atomic(tmp_path / "a.txt") as temporary:
+        temporary.write_text("content")
+        assert done == []
+    assert done == [str(temporary), f"{temporary} -> {tmp_path / 'a.txt'}", str(tmp_path)]
+
+
 def test_a_disk_that_fills_up_is_one_line_and_the_old_file_stays(tmp_path):
     """The operating system's own refusal: a process that may not write files over 1000 bytes."""
     path = tmp_path / "a.txt"

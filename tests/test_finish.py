@@ -67,6 +67,11 @@ def test_a_resumed_finish_is_bit_equal(finished, tiny_dataset, tiny_run, tmp_pat
     assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(run).items())
 
 
+def test_it_has_the_same_bits_on_algorithms_that_are_deterministic(finished, tiny_dataset, tiny_run, tmp_path):
+    run = train(tiny_dataset, tmp_path / "run", stage="finish", overrides=[*FINISH, "deterministic=true"], start=tiny_run)
+    assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(run).items())
+
+
 def test_all_stages_in_one_go_end_with_it(tiny_dataset, tiny_settings, tmp_path):
     run = train(tiny_dataset, tmp_path / "run", overrides=[*tiny_settings, *FINISH[:7]])
     assert load(run / "autoencoder.safetensors")[1]["finish_steps"] == 4

@@ -18,7 +18,7 @@ from ctvae import model as model_module
 from ctvae.config import with_overrides
 from ctvae.dataset import Dataset
 from ctvae.errors import InputError, ModelError
-from ctvae.generate import described, generate, interpolate, load, middle_slab, reconstruct, sidecar, vary
+from ctvae.generate import DESCRIPTION, described, generate, interpolate, load, middle_slab, reconstruct, sidecar, vary
 from ctvae.scan import read_scan
 from ctvae.training.train import train
 from ctvae.volume import Volume, plain_affine
@@ -199,7 +199,9 @@ def test_a_reconstruction_sits_where_its_scan_sits(tiny_run, scan, tmp_path):
     assert again.shape == source.shape == (43, 27, 35)
     np.testing.assert_array_equal(again.affine, source.affine)
     assert again.get_data_dtype() == np.int16
-    assert json.loads((tmp_path / "again.json").read_text())["made_by"] == "reconstruct"
+    told = json.loads((tmp_path / "again.json").read_text())
+    assert (told["made_by"], told["synthetic"], told["model_sha256"]) == ("reconstruct", True, load(tiny_run).hash)
+    assert again.header["descrip"].item().decode() == f"{DESCRIPTION}; model {told['model_sha256'][:8]}"
 
 
 def turned(path: Path, codes: str, out: Path) -> Path:
@@ -254,6 +256,7 @@ def test_no_variation_is_the_reconstruction(tiny_run, scan, tmp_path):
     plain = hu_of(reconstruct(tiny_run, scan, tmp_path / "plain.nii.gz"))
     ((path, distances),) = vary(tiny_run, scan, tmp_path / "vary", alpha=0.0, count=1)
     np.testing.assert_array_equal(hu_of(path), plain)
+    assert nib.load(path).header["descrip"].item().decode().endswith(f"; model {load(tiny_run).hash[:8]} seed 0 index 0")
     assert distances["rms_hu_from_reconstruction"] == 0
     expected = np.clip(hu_of(scan), -1000, 1000).astype(float) - plain
     assert distances["rms_hu_from_scan"] == pytest.approx(np.sqrt((expected**2).mean()), abs=0.01)

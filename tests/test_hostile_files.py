@@ -133,6 +133,7 @@ HOSTILE_NIFTI = {
     "holds NaN": lambda raw: patch(raw, "<12f", 280, *[np.nan] * 12),
     "scl_slope is infinite": lambda raw: patch(raw, "<f", 112, np.inf),
     "-1.5 x 1.5 x 3 is not positive": lambda raw: patch(raw, "<f", 80, -1.5),
+    "first voxel is 1e+38 mm from the origin": lambda raw: patch(raw, "<f", 292, 1e38),
     "0 x 1.5 x 3 is not positive": lambda raw: patch(raw, "<f", 80, 0),
     "voxels inside": lambda raw: raw[:344] + b"ni1\0" + raw[348:],
     "8-bit picture": lambda raw: patch(raw, "<h", 70, 2),
@@ -280,6 +281,14 @@ def changed(which: slice, **tags) -> list[pydicom.FileDataset]:
     return images
 
 
+def eight_bits() -> list[pydicom.FileDataset]:
+    """A secondary capture: a picture of the slices, already windowed."""
+    images = with_all(BitsAllocated=8, BitsStored=8, HighBit=7, RescaleIntercept=0)
+    for image, plane in zip(images, HU, strict=True):
+        image.PixelData = ((plane.clip(-160, 240) + 160) * 255 // 400).astype(np.uint8).tobytes()
+    return images
+
+
 def tilted() -> list[pydicom.FileDataset]:
     images = hostile_files.series(HU)
     for n, image in enumerate(images):
@@ -301,6 +310,8 @@ HOSTILE_DICOM = {
     "colour": lambda: with_all(SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0, Rows=4),
     "gantry tilt of 20.0 degrees": tilted,
     "missing or uneven": lambda: [image for n, image in enumerate(hostile_files.series(HU)) if n != 4],
+    "an 8-bit picture": eight_bits,
+    "holds 2 DICOM series": lambda: hostile_files.series(HU) + hostile_files.series(HU, uid="1.2.4"),
     "2 duplicate slices": lambda: hostile_files.series(HU) + hostile_files.series(HU)[:2],
 }
 

@@ -129,6 +129,22 @@ def test_what_is_written_carries_only_the_given_description(tmp_path):
     assert leaks(tmp_path / "out") == []
 
 
+def test_what_is_made_of_a_scan_carries_no_word_of_its_header_and_no_path(tiny_run, tmp_path):
+    from ctvae.generate import interpolate, reconstruct, vary
+
+    source, study, out = tmp_path / "case.nii.gz", tmp_path / "study", tmp_path / "out"
+    write_nifti_with_a_name(source, hostile_files.body(1, (64, 24, 24)))
+    write_dicom_with_a_name(study, hostile_files.body(2, (64, 24, 24)))
+    for scan in (source, study):
+        reconstruct(tiny_run, scan, out / f"{scan.stem}-again.nii.gz")
+        vary(tiny_run, scan, out / f"{scan.stem}-vary", count=1)
+    interpolate(tiny_run, source, study, out / "between", count=2)
+    assert len(list(out.rglob("*.nii.gz"))) == 6
+    assert len(list(out.rglob("*.json"))) == 6
+    assert leaks(out) == []
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in out.rglob("*") if path.is_file())
+
+
 def test_a_packed_file_says_neither_its_name_nor_when_it_was_made(tmp_path):
     nifti.write(tmp_path / "Quorra.nii.gz", Volume(hostile_files.body(), plain_affine((1.5, 1.5, 3.0), hostile_files.SHAPE)))
     raw = (tmp_path / "Quorra.nii.gz").read_bytes()

@@ -190,6 +190,18 @@ def test_a_curve_cut_off_before_its_first_line_begins_again(tmp_path):
     assert [row["step"] for row in rows(run, "net")] == ["2", "4"]
 
 
+@pytest.mark.parametrize("kept", range(1, 24))
+def test_a_curve_cut_off_anywhere_goes_on_with_its_whole_lines(tmp_path, kept):
+    """As by a full disk: `step,loss,lr`, then `2,1,0.5` and `14,1,0.5`; cut after its first digit the last would be step 1."""
+    run = Run(tmp_path)
+    logged(run, range(2, 15, 12), 0, loss=1.0)
+    path = tmp_path / "logs" / "net.csv"
+    path.write_bytes(path.read_bytes()[:kept])
+    logged(run, range(14, 16, 2), 13, loss=2.0)
+    found = [(row["step"], row["loss"], row["lr"]) for row in rows(run, "net")]
+    assert found == [("2", "1", "0.5")] * (kept > 21) + [("14", "2", "0.5")]
+
+
 def test_the_curve_is_in_tensorboards_format_too(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

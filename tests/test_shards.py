@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from ctvae import latents as module
 from ctvae.checkpoint import load
+from ctvae.conditions import Change
 from ctvae.config import load_recipe
 from ctvae.errors import ModelError
 from ctvae.latents import LatentCode, LatentSet, Writer, is_complete, most_fitted
@@ -148,16 +149,12 @@ def test_a_process_reads_its_rows_of_a_batch_only(stored, monkeypatch):
     torch.testing.assert_close(torch.cat([part.std for part in parts]), whole.std)
 
 
-@pytest.mark.parametrize("many", [False, True], ids=["held", "read again"])
-def test_the_nearest_group_is_the_nearest_of_all(stored, many, monkeypatch):
+def test_the_nearest_group_is_the_nearest_of_all(stored, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_NUMBERS", 4 * math.prod(SHAPE))
-    if many:
-        monkeypatch.setattr("ctvae.training.watch.MOST_HELD_NUMBERS", 10)
     code = LatentCode.fit(stored)
     known = code.encode(numbers().means.float()).flatten(1)
     rows = known[[3, 17]] + 0.01 * torch.randn(2, known.shape[1], generator=torch.Generator().manual_seed(1))
     near = Known(code, stored)
-    assert (near._held is None) == many
     expected = (rows[:, None] - known).square().sum(2).sqrt().amin(1)
     torch.testing.assert_close(near.closeness(rows)[:, 0], expected, rtol=1e-3, atol=1e-3)
 
@@ -200,7 +197,7 @@ def groups_of(count: int) -> SimpleNamespace:
     """What `encode_groups` asks of training groups."""
 
     def turned(index: int, random: torch.Generator, degrees: float, zoom: float) -> tuple[torch.Tensor, float]:
-        return torch.randn(1, 4, 6, 8, generator=random), 1.05
+        return torch.randn(1, 4, 6, 8, generator=random), Change(zoom=1.05)
 
     place = {"position": 0.5, "spacing_mm": (1.0, 1.0, 2.0), "shape": (4, 6, 8)}
     groups = [SimpleNamespace(id=f"g{n}", patient=f"p{n // 2}", first_slice=n, **place) for n in range(count)]
@@ -251,8 +248,6 @@ from ctvae.training.prior import Conditioning, fit_wiener, flow_batches
 from ctvae.training.watch import Watch
 latents.MOST_FITTED, latents.MOST_SHARD_BYTES = 100, 2**22
 latents.BLOCK_NUMBERS = 2**18
-import ctvae.training.watch as watch
-watch.MOST_HELD_NUMBERS = 2**20
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 writer = Writer(folder, [str(n) for n in range(count)], torch.ones(count), ("a",), "it")
 random = torch.Generator().manual_seed(0)

@@ -52,6 +52,20 @@ def test_preparing_ten_times_as_many_scans_takes_ten_times_as_long_and_little_mo
     assert many["leader_mb"] - few["leader_mb"] < 40
 
 
+def test_a_prior_of_five_times_as_many_latents_takes_no_more_memory(tmp_path):
+    """Beyond the thousand that closed forms are fitted to."""
+    said = ran("scaling.py", "--what", "prior", "--counts", "1000", "5000", "--out", str(tmp_path))
+    few, many = (json.loads(line) for line in said.splitlines() if line.startswith("{"))
+    assert many["latents_mb"] - few["latents_mb"] > 60
+    assert many["mb"] - few["mb"] < 20
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounts a disk")
+def test_a_disk_that_is_full_costs_nothing_that_was_there():
+    said = ran("full_disk.py", "--sizes", "3")
+    assert said.count(", 0 not as they should be") == 8
+
+
 def test_two_processes_train_as_one_outlive_a_kill_and_share_out_scans():
     said = ran("many_processes.py")
     assert "exit code 0; weights bit-equal to undisturbed ones, curves equal" in said

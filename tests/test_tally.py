@@ -16,14 +16,16 @@ from ctvae.config import Training
 from ctvae.errors import TrainingDiverged
 from ctvae.ranks import ALONE
 from ctvae.runlog import Curve, Run
-from ctvae.training import autoencoder, polish, prior
+from ctvae.training import autoencoder, finish, polish, prior
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.tally import Tally
 from ctvae.training.train import train
 
 STEPWISE = (
     "autoencoder.steps=4", "autoencoder.log_every=1", "autoencoder.save_every=1", "polish.steps=3", "polish.log_every=1",
-    "polish.save_every=1", "polish.batch=1", "prior.steps=3", "prior.log_every=1", "prior.save_every=1",
+    "polish.save_every=1", "polish.batch=1", "prior.steps=3", "prior.log_every=1", "prior.save_every=1", "finish.steps=3",
+    "finish.log_every=1", "finish.save_every=1", "finish.batch=1", "finish.drawn=2", "finish.discriminator_width=4",
+    "finish.precision=fp32",
 )  # fmt: skip
 
 
@@ -144,10 +146,7 @@ def test_a_run_that_left_a_step_out_resumes_bit_equal(tiny_dataset, tiny_setting
 
 def test_statistics_of_a_step_left_out_are_left_out(tiny_dataset, tmp_path, monkeypatch):
     """BatchNorm's running means see the volumes before the loss does."""
-    plain = TrainingGroups.batch
-    monkeypatch.setattr(
-        TrainingGroups, "batch", lambda self, batch, seed, step: plain(self, batch, seed, step) * (math.nan if step == 1 else 1)
-    )
+    spoil_second(monkeypatch)
     small = ["model.widths=[2,4,4,8,8,8]", "model.latent_size=8", "autoencoder.steps=3", "autoencoder.log_every=1"]
     small += ["autoencoder.save_every=1", "autoencoder.precision=fp32"]
     run = train(tiny_dataset, tmp_path, method="conv3d", stage="autoencoder", overrides=small)
@@ -157,13 +156,34 @@ def test_statistics_of_a_step_left_out_are_left_out(tiny_dataset, tmp_path, monk
     assert json.loads((run / "run.json").read_text())["stages"]["autoencoder"]["skipped_steps"] == 1
 
 
+def test_means_of_texture_leave_a_step_out_as_well(tiny_dataset, tiny_run, tiny_settings, tmp_path, monkeypatch):
+    """The last stage keeps running means of what it decodes."""
+    spoil_second(monkeypatch)
+    quick = [*tiny_settings, *STEPWISE, "finish.enabled=true"]
+    run = train(tiny_dataset, tmp_path, stage="finish", overrides=quick, start=tiny_run)
+    assert [row["skipped_steps"] for row in rows(run, "finish")] == ["0", "1", "1"]
+    assert all(math.isfinite(float(row[f"off_{side}"])) for row in rows(run, "finish") for side in ("reconstructed", "drawn"))
+
+
+def spoil_second(monkeypatch) -> None:
+    """The volumes of step 1 are not finite."""
+    plain = TrainingGroups.batch
+
+    def batch(self, batch, seed, step):
+        return plain(self, batch, seed, step) * (math.nan if step == 1 else 1)
+
+    monkeypatch.setattr(TrainingGroups, "batch", batch)
+
+
 def test_every_loop_leaves_out_and_ends(tiny_dataset, tiny_settings, tmp_path, monkeypatch):
-    quick = [*tiny_settings, *STEPWISE, *(f"{stage}.max_skipped=2" for stage in ("autoencoder", "polish", "prior"))]
+    quick = [*tiny_settings, *STEPWISE, "finish.enabled=true"]
+    quick += [f"{stage}.max_skipped=2" for stage in ("autoencoder", "polish", "prior", "finish")]
     run = tmp_path / "run"
     for kind, stage, name in (
         (autoencoder.Objective, "autoencoder", "autoencoder"),
         (polish.DecoderObjective, "polish", "polish"),
         (prior.FlowObjective, "prior", "flow"),
+        (finish.FinishObjective, "finish", "finish"),
     ):
         with monkeypatch.context() as patch:
             poison(patch, kind, {1, 2})
@@ -176,8 +196,8 @@ def test_every_loop_leaves_out_and_ends(tiny_dataset, tiny_settings, tmp_path, m
         assert all(value.isfinite().all() for value in load(good)[0].values())
         with monkeypatch.context() as patch:
             poison(patch, kind, {1})
-            last = {"autoencoder": "autoencoder", "polish": "autoencoder", "prior": "both"}[stage]
-            next_one = {"autoencoder": polish.DecoderObjective, "polish": prior.FlowObjective, "prior": None}[stage]
+            last = {"autoencoder": "autoencoder", "polish": "autoencoder", "prior": "prior", "finish": "both"}[stage]
+            next_one = {"autoencoder": polish.DecoderObjective, "polish": prior.FlowObjective}.get(stage)
             if next_one is not None:
                 stop_before(patch, next_one)
             with contextlib.suppress(Stopped):

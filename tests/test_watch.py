@@ -120,13 +120,11 @@ def test_smooth_samples_are_no_copies():
     assert seen_of(watch, smooth)[1] < 2 / SAMPLES
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("patients", [3, 30])
-def test_closeness_is_the_reports(in_memory, patients, monkeypatch):
+def test_closeness_is_the_reports(patients, monkeypatch):
     """`evaluation/memorization.py` sorts all distances at once; here there are blocks and parts that cut patients up."""
     monkeypatch.setattr(latents_module, "BLOCK_NUMBERS", 7 * 64)
     monkeypatch.setattr(module, "MOST_DISTANCES", 40 * 5)
-    monkeypatch.setattr(module, "MOST_HELD_NUMBERS", 2**26 if in_memory else 0)
     training, rows = overlapping(patients, 1, noise=0.8), rough(40, 2).flatten(1)
     training = training.chosen(torch.randperm(len(training), generator=torch.Generator().manual_seed(0)).tolist())
     known = Known(LatentCode({"shift": torch.zeros(2), "scale": torch.ones(2)}), training)

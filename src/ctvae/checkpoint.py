@@ -64,9 +64,14 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     plain = {name: value.contiguous() for name, value in gathered(tensors).items()}
     if not is_first():
         return
+    write(path, plain, {"ctvae": json.dumps(meta)})
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Tensors of this process as safetensors, whole or not at all. Raises InputError where it cannot."""
     with atomic(path) as temporary:
         try:
-            save_file(plain, temporary, metadata={"ctvae": json.dumps(meta)})
+            save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # safetensors wraps the disk's own error
             raise OSError(str(error)) from error
 
@@ -210,12 +215,20 @@ class Checkpoints:
     def resume(
         self, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, adversary: torch.optim.Optimizer | None = None
     ) -> dict[str, Any]:
-        """Restore the newest readable state in place; {"step": 0} where there is none."""
+        """Restore the newest readable state in place; {"step": 0} where there is none.
+
+        Raises ModelError for one of another network.
+        """
+        parts = {"model": module.state_dict(), "ema": ema.weights}
+        wanted = {f"{part}.{name}": tuple(value.shape) for part, values in parts.items() for name, value in values.items()}
         for path in reversed(self.paths()):
             try:
                 tensors, meta = load(path)
             except ModelError:
                 continue  # damaged by something other than us: the one before it is whole
+            held = {name: tuple(value.shape) for name, value in tensors.items() if name.startswith(("model.", "ema."))}
+            if held != wanted or type(meta.get("step")) is not int:
+                raise ModelError(f"{path}: is of another network than config.yaml describes; choose another --out")
             load_into(module, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
             for name, value in ema.weights.items():
                 value.copy_(own_part(tensors[f"ema.{name}"], value))

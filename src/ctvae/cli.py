@@ -6,9 +6,12 @@ Nothing heavy is imported up here, so that `ctvae --help` answers at once; each 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
+
+from ctvae import options
+from ctvae.options import Count, DatasetArgument, ModelArgument, Out, ScanArgument, Seed, Settings, Window
 
 app = typer.Typer(
     help="From a folder of CT scans to a model that generates synthetic 3D CT scans.\n\n"
@@ -19,23 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-REJECTS_SHOWN = 20
 SHARED = ("train", "generate")  # what torchrun may start
-
-DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="Folder that `ctvae prepare` wrote.")]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, or the name of a packaged model.")]
-ScanArgument = Annotated[Path, typer.Argument(metavar="SCAN", help="NIfTI file or folder of one DICOM series.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
-Count = Annotated[int, typer.Option("--count", "-n", min=1, help="How many scans.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A setting, e.g. autoencoder.lr=0.001; repeatable."),
-]
-Window = Annotated[
-    str | None,
-    typer.Option("--window", help="Intensity window: full, abdomen, soft, or LOW,HIGH in HU. [default: the recipe's]"),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -92,8 +79,8 @@ def prepare(
 
     Example: ctvae prepare scans --out dataset --slices 64 --crop-body
     """
-    shares, side = _fractions(fractions), _size(size)
-    from ctvae.prepare import prepare
+    shares, side = options.fractions(fractions), options.size(size)
+    from ctvae.prepare import prepare, told
     from ctvae.progress import Progress
 
     with Progress("prepare") as bar:
@@ -102,7 +89,7 @@ def prepare(
             patient_pattern=patient_pattern, patient_csv=patient_csv, fractions=shares, workers=workers,
             seed=seed, patients_of=patients_of, progress=bar.report,
         )  # fmt: skip
-    for line in _told(dataset.summary):
+    for line in told(dataset.summary):
         typer.echo(line)
     _next(f"ctvae train {out} --out RUN")
 
@@ -150,7 +137,7 @@ def train(
     from ctvae.training.train import train
 
     run = train(
-        dataset, out, method=method, stage=stage, overrides=_overrides(settings, window), minutes=minutes, hours=hours,
+        dataset, out, method=method, stage=stage, overrides=options.overrides(settings, window), minutes=minutes, hours=hours,
         plan=plan, memory_gb=parse_memory(memory) if memory else None, conditions=conditions, start=start,
     )  # fmt: skip
     if not is_first():
@@ -195,7 +182,7 @@ def plan(
     available_gb = parse_memory(memory) if memory else planner.machine_memory_gb()
     source = planner.Source.asked(dataset, size)
     try:
-        found = planner.weigh(method, source, available_gb, _overrides(settings, window))
+        found = planner.weigh(method, source, available_gb, options.overrides(settings, window))
     except DoesNotFit as refusal:
         if as_json:
             typer.echo(json.dumps(report.refusal_json(method, source.size, available_gb, str(refusal))))
@@ -268,7 +255,7 @@ def generate(
 
     paths = generate(
         model, out, count=count, seed=seed, prior=prior, steps=steps, overwrite=overwrite, solver=solver, guidance=guidance,
-        conditions=_conditions(condition or []), slices=slices, schedule=schedule, autoguidance=autoguidance,
+        conditions=options.conditions(condition or []), slices=slices, schedule=schedule, autoguidance=autoguidance,
     )  # fmt: skip
     for path in paths if is_first() else ():
         typer.echo(path)
@@ -347,7 +334,7 @@ def evaluate(
     ] = None,
     format: Annotated[Literal["html", "md"], typer.Option(help="md writes report.md as well, for a paper's appendix.")] = "html",
     medicalnet: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="MedicalNet weights (resnet_*.pth), for one more feature space.")
+        Path | None, typer.Option(metavar="FILE", help="MedicalNet weights as safetensors (docs), for one more feature space.")
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Keep what is measured of each scan here; reports on the same scans share it.")
@@ -397,7 +384,7 @@ def compare(
     from ctvae.compare import compare
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    page = compare(dataset, names, minutes, out, overrides=_overrides(settings, window), count=count, seed=seed)
+    page = compare(dataset, names, minutes, out, overrides=options.overrides(settings, window), count=count, seed=seed)
     typer.echo((page.parent / "table.md").read_text(encoding="utf-8"))
     typer.echo(page)
 
@@ -434,57 +421,6 @@ def demo(out: Out) -> None:
     from ctvae.demo import demo
 
     typer.echo(demo(out))
-
-
-def _conditions(texts: list[str]) -> dict[str, float | str]:
-    """`--condition NAME=VALUE`s, numbers as such."""
-    conditions: dict[str, float | str] = {}
-    for text in texts:
-        name, separator, value = text.partition("=")
-        if not separator or not name or not value or name in conditions:
-            raise typer.BadParameter(f"'{text}' is not NAME=VALUE, each name once", param_hint="--condition")
-        try:
-            conditions[name] = float(value)
-        except ValueError:
-            conditions[name] = value
-    return conditions
-
-
-def _size(text: str) -> int | Literal["native"]:
-    if text == "native":
-        return "native"
-    if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"'{text}' is neither a number of voxels nor native", param_hint="--size")
-    return int(text)
-
-
-def _fractions(text: str) -> tuple[float, float, float]:
-    try:
-        training, validation, test = (float(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"'{text}' is not three shares, e.g. 0.8,0.1,0.1", param_hint="--fractions") from None
-    return training, validation, test
-
-
-def _overrides(settings: list[str] | None, window: str | None) -> list[str]:
-    """`--set` and `--window` as the overrides that `load_recipe` takes."""
-    if window is None:
-        return settings or []
-    return [*(settings or []), f"data.window_hu=[{window}]" if "," in window else f"data.window_hu={window}"]
-
-
-def _told(summary: dict[str, Any]) -> list[str]:
-    """What `prepare` made, in a few lines for people; dataset.json has all of it."""
-    groups, patients, rejected = summary["groups"], summary["patients"], summary["rejected"]
-    splits = (f"{split} {groups[split]} ({patients[split]} patients)" for split in groups)
-    shapes = (f"{shape} ({count})" for shape, count in summary["group_shapes"].items())
-    lines = [f"{sum(groups.values())} groups from {summary['scans']} scans: {', '.join(splits)}"]
-    lines.append(f"slices x rows x columns: {', '.join(list(shapes)[:REJECTS_SHOWN])}")
-    if rejected:
-        lines.append(f"rejected {len(rejected)}:")
-        lines += [f"  {reject['source']}: {reject['reason']}" for reject in rejected[:REJECTS_SHOWN]]
-        lines += [f"  and {len(rejected) - REJECTS_SHOWN} more in dataset.json"] * (len(rejected) > REJECTS_SHOWN)
-    return lines + [f"note: {note}" for note in summary["notes"]]
 
 
 def _next(command: str) -> None:

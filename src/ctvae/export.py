@@ -23,6 +23,7 @@ from ctvae.errors import ConfigError, InputError
 from ctvae.model import Model, open_model
 
 PRIORS = ("flow", "normal")  # the fitted ones hold whole training latents
+CONFIG, CARD = "config.yaml", "README.md"
 NETWORKS = ("flow.",)
 OF_GROUPS = ("conditions.known", "conditions.scan_mm")
 SETTABLE = ("prior.sampling_steps", "prior.guidance", "prior.autoguidance")  # the rest describes what was trained
@@ -33,25 +34,33 @@ def export(run: Path | str, out: Path | str, *, card: Path | str | None = None, 
 
     `card` is a Markdown file that is copied beside them as README.md. `overrides` are SETTABLE ones, such as
     `prior.autoguidance=1.3`, by which the exported model draws where nothing else is asked. Raises ModelError for an unfinished
-    run, ConfigError for other overrides, InputError where `out` is not empty or the card is missing.
+    run, ConfigError for other overrides, InputError where `out` holds something else or the card is missing. An export that was
+    interrupted is begun anew: the autoencoder comes last.
     """
     model, folder = open_model(run), Path(out)
     settings = _settings(model, overrides)
-    if folder.exists() and any(folder.iterdir()):
+    files.sweep(folder)
+    if folder.exists() and not _unfinished({path.name for path in folder.iterdir()}):
         raise InputError(f"{folder}: is not empty; choose another folder")
     if card is not None and not Path(card).is_file():
         raise InputError(f"{card}: no such file; --card names a Markdown file")
-    files.write_text(folder / "config.yaml", settings)
-    tensors, meta = checkpoint.load(model.folder / "autoencoder.safetensors")
-    checkpoint.save(folder / "autoencoder.safetensors", {name: _half(value) for name, value in tensors.items()}, meta)
+    files.write_text(folder / CONFIG, settings)
     for prior in PRIORS:
         path = model.folder / f"prior-{prior}.safetensors"
         if path.exists():
             tensors, meta = checkpoint.load(path)
             checkpoint.save(folder / path.name, {name: _smaller(name, value) for name, value in tensors.items()}, meta)
     if card is not None:
-        shutil.copyfile(card, folder / "README.md")
+        with files.atomic(folder / CARD) as temporary:
+            shutil.copyfile(card, temporary)
+    tensors, meta = checkpoint.load(model.folder / "autoencoder.safetensors")
+    checkpoint.save(folder / "autoencoder.safetensors", {name: _half(value) for name, value in tensors.items()}, meta)
     return folder
+
+
+def _unfinished(names: set[str]) -> bool:
+    """Whether a folder with these files is empty, or what an export that was interrupted leaves."""
+    return not names or (CONFIG in names and names <= {CONFIG, CARD, *(f"prior-{prior}.safetensors" for prior in PRIORS)})
 
 
 def _settings(model: Model, overrides: Sequence[str]) -> str:

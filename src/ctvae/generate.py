@@ -197,8 +197,9 @@ def reconstruct(model: Path | str, scan: Path | str, out: Path | str) -> Path:
     if not nifti.is_nifti(target):
         raise InputError(f"{target}: --out names a .nii or .nii.gz file")
     again = loaded.reconstruct_volume(source.volume)
-    nifti.write(target, again, source.orientation, DESCRIPTION)
-    files.write_json(sidecar(target), loaded.provenance(made_by="reconstruct", source_sha256=_hash(source)))
+    facts = loaded.provenance(made_by="reconstruct", source_sha256=_hash(source))
+    nifti.write(target, again, source.orientation, described(facts))
+    files.write_json(sidecar(target), facts)
     return target
 
 
@@ -219,8 +220,8 @@ def vary(
             volume = loaded.decode_onto(_around(posterior, alpha, generator(seed, index, stream=13)), posterior)
             distances = _distances(volume, source.volume, plain, loaded.cfg.data.window_hu)
             path = folder / f"variation-{seed}-{index:04d}.nii.gz"
-            nifti.write(path, volume, source.orientation, DESCRIPTION)
             facts = loaded.provenance(made_by="vary", alpha=alpha, seed=seed, index=index, source_sha256=_hash(source))
+            nifti.write(path, volume, source.orientation, described(facts))
             files.write_json(sidecar(path), {**facts, "distances": distances})
             results.append((path, distances))
             sheet.append((f"variation {index}", volume))

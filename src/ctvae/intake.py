@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ctvae.volume import Volume, position_mm
 
 Record = dict[str, Any]
 BODY_MARGIN_VOXELS = 4
+MOST_RECORD_BYTES = 2**24
 BLANK_SLICE = 0.002  # share of a slice's voxels above BODY_HU, below which it shows no body
 TRY_AGAIN = "too large for the memory at the time"  # no scan's fingerprint
 NARROWEST = 16  # times longer than wide may a plane be that is made square
@@ -83,12 +83,15 @@ def _rejected(job: Job, reason: str) -> Record:
 
 
 def read_record(job: Job) -> Record | None:
-    """What an earlier run did with the scan; none if it did not get that far."""
+    """What an earlier run did with the scan; none if it did not get that far, or if the record names files elsewhere."""
     try:
-        record = json.loads(job.record_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = files.read_json(job.record_path, MOST_RECORD_BYTES)
+        for group in record["groups"]:
+            files.inside(group["path"])
+            files.inside(group["label_path"] or "none")
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    return record if isinstance(record, dict) and {"fingerprint", "groups", "duplicate_of"} <= set(record) else None
+    return record if {"fingerprint", "duplicate_of"} <= set(record) else None
 
 
 def is_current(job: Job, record: Record | None) -> bool:

@@ -241,7 +241,7 @@ def open_model(model: Path | str) -> Model:
 def model_folder(model: Path | str) -> Path:
     """Of a run, or of a packaged model by its name. Raises ModelError when it is neither or not trained yet."""
     folder = Path(model)
-    if not folder.exists() and str(model) in packaged_models():
+    if not (folder / "config.yaml").is_file() and str(model) in packaged_models():  # a folder of scans may have that name
         folder = PACKAGED / str(model)
     if not folder.exists():
         known = ", ".join(packaged_models()) or "none in this installation"

@@ -25,6 +25,7 @@ from ctvae.volume import Orientation, Volume, canonical, spacing_of
 MAX_VOXELS = 2**31
 MAX_SHEAR_DEGREES = 1.0
 SPACING_RANGE_MM = (0.01, 100.0)
+FURTHEST_MM = 1e6  # a scan's first voxel from the scanner's origin
 INT16 = np.iinfo(np.int16)
 HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 MAGIC = {b"n+1", b"n+2"}  # header and voxels in one file
@@ -171,6 +172,8 @@ def affine_problem(affine: np.ndarray) -> str:
     """Why `affine` [4 4] cannot be a scan's, or nothing."""
     if not np.isfinite(affine).all():
         return "it holds NaN or infinity"
+    if (furthest_mm := np.abs(affine[:3, 3]).max()) > FURTHEST_MM:
+        return f"its first voxel is {furthest_mm:g} mm from the origin"
     spacing_mm = np.array(spacing_of(affine))
     if not all(SPACING_RANGE_MM[0] <= step <= SPACING_RANGE_MM[1] for step in spacing_mm):
         return f"a spacing of {_numbers(spacing_mm)} mm is not within {SPACING_RANGE_MM[0]:g}..{SPACING_RANGE_MM[1]:g}"

@@ -44,6 +44,7 @@ from ctvae.scan import PREPARED_MARK, Found, FoundScans, find_scans, label_folde
 Progress = Callable[[int, int, str], None]  # done, total, what was just finished
 EARLIER_SALT = "ctvae patient"  # of datasets that were begun before each had its own
 SALT = re.compile(r"[\w ]{1,64}", re.ASCII)
+REJECTS_SHOWN = 20
 AHEAD = 8  # jobs per worker that wait in its queue
 
 
@@ -316,3 +317,17 @@ def _several(paths: Path | str | Sequence[Path | str] | None) -> list[Path | str
     if paths is None:
         return []
     return [paths] if isinstance(paths, (str, Path)) else list(paths)
+
+
+def told(summary: dict[str, Any]) -> list[str]:
+    """A dataset's `summary` in a few lines for people; dataset.json has all of it."""
+    groups, patients, rejected = summary["groups"], summary["patients"], summary["rejected"]
+    splits = (f"{split} {groups[split]} ({patients[split]} patients)" for split in groups)
+    shapes = (f"{shape} ({count})" for shape, count in summary["group_shapes"].items())
+    lines = [f"{sum(groups.values())} groups from {summary['scans']} scans: {', '.join(splits)}"]
+    lines.append(f"slices x rows x columns: {', '.join(list(shapes)[:REJECTS_SHOWN])}")
+    if rejected:
+        lines.append(f"rejected {len(rejected)}:")
+        lines += [f"  {reject['source']}: {reject['reason']}" for reject in rejected[:REJECTS_SHOWN]]
+        lines += [f"  and {len(rejected) - REJECTS_SHOWN} more in dataset.json"] * (len(rejected) > REJECTS_SHOWN)
+    return lines + [f"note: {note}" for note in summary["notes"]]

@@ -170,8 +170,10 @@ class Curve:
             self.path.unlink(missing_ok=True)
 
     def _rows_until(self, step: int) -> list[str]:
+        """The heading and the rows up to `step`, without a line that a full disk cut short."""
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        return lines[:1] + [row for row in lines[1:] if int(row.split(",")[0]) <= step]
+        whole = [line for line in lines if line.endswith("\n")]
+        return whole[:1] + [row for row in whole[1:] if int(row.split(",")[0]) <= step]
 
     def log(self, step: int, values: dict[str, float]) -> None:
         if not is_first():

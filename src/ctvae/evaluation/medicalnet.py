@@ -1,7 +1,8 @@
 """A feature space for those who have the weights: MedicalNet (Chen et al. 2019), through MONAI's 3D ResNets.
 
 The weights are trained on other people's CT and MR and do not come with this package. Where a file of them is named, each
-scan is brought to 5 mm, standardised within its body as MedicalNet does it, and the last feature map is averaged.
+scan is brought to 5 mm, standardised within its body as MedicalNet does it, and the last feature map is averaged. They are
+published as pickles, which are not read here: docs/evaluation.md says how they become safetensors.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ctvae.errors import InputError
@@ -44,17 +47,16 @@ class MedicalNet:
 
 
 def load(path: Path) -> MedicalNet:
-    """The network whose weights are in `path`, e.g. resnet_10_23dataset.pth. Raises InputError for any other file."""
+    """The network whose weights are in `path`: safetensors, with the published names. Raises InputError for any other file."""
     from monai.networks import nets
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_file(path)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; name MedicalNet weights such as resnet_10_23dataset.pth") from None
-    except Exception as error:  # whatever torch makes of a file that is no checkpoint
-        raise InputError(f"{path}: not a checkpoint that torch reads ({type(error).__name__})") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+        raise InputError(f"{path}: no such file; name MedicalNet weights such as resnet_10_23dataset.safetensors") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not safetensors; docs/evaluation.md says how published weights become that") from error
+    state = {key.removeprefix("module."): value for key, value in content.items()}
     state = {key: value for key, value in state.items() if not key.startswith(("fc.", "conv_seg."))}
     name, shortcut = _architecture(state)
     if name is None:

@@ -7,17 +7,21 @@ the summaries it has written.
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
+from ctvae.checkpoint import write
 from ctvae.evaluation.features import FULL_HU, SOFT_HU, layout, texture, tissue_fractions
 from ctvae.evaluation.grid import Grid, Triple, body_mask, middle_of
 from ctvae.evaluation.medicalnet import MedicalNet
 from ctvae.evaluation.network import learned, weights_digest
-from ctvae.files import atomic
 from ctvae.volume import Volume
 
 VERSION = 3  # of what is measured: older files in a cache are not read
@@ -54,14 +58,14 @@ def summarise(volume: Volume, grid: Grid, cache: Path | None = None, medicalnet:
     networks = f"{weights_digest()} {medicalnet.digest if medicalnet else ''}"
     asked = f"{VERSION} {grid} {volume.spacing_mm} {name} {networks}"
     key = hashlib.sha256(asked.encode()).hexdigest()[:24]
-    kept = cache / f"{key}.npz" if cache else None
+    kept = cache / f"{key}.safetensors" if cache else None
     if kept is not None and kept.exists():
-        with np.load(kept) as arrays:
-            return Summary(digest=name, **{f.name: arrays[f.name] for f in fields(Summary) if f.name in arrays})
+        with suppress(SafetensorError):  # damaged by something other than us: it is measured again
+            return Summary(digest=name, **load_file(kept))
     summary = _measure(volume, grid, name, medicalnet)
     if kept is not None:
-        with atomic(kept) as temporary:
-            np.savez(temporary, **{f.name: getattr(summary, f.name) for f in fields(Summary) if f.name != "digest"})
+        arrays = {f.name: np.array(getattr(summary, f.name), order="C") for f in fields(Summary) if f.name != "digest"}
+        write(kept, {name: torch.from_numpy(array) for name, array in arrays.items()})
     return summary
 
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ctvae import files
 from ctvae.config import load_recipe
 from ctvae.errors import ConfigError
@@ -34,8 +32,8 @@ def plan_method(path: Path | str) -> str:
 
 def _read_plan(path: Path | str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = files.read_yaml(Path(path))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as a plan ({str(error).splitlines()[0]})") from error
     if not isinstance(tree, dict) or "method" not in tree or not all(isinstance(key, str) for key in tree):
         raise ConfigError(f"{path}: not a plan; it has a line `method: NAME` and lines `key: value` as for --set")

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ctvae import files
+from ctvae.checkpoint import write
 from ctvae.config import Config, Size3
 from ctvae.device import batch_indices, generator
 from ctvae.model import Model
@@ -65,9 +66,8 @@ class DrawnLatents:
     def _draw_one(self, model: Model, index: int) -> None:
         latent = model.draw("flow", SEED, index).latent  # [1 Z d h w]
         body = torch.from_numpy(model.decode(latent) > BODY_HU)[None, None]
-        share = F.avg_pool3d(body.float(), self.grid)[0, 0]  # [d h w]
-        with files.atomic(self._path(index)) as temporary:  # each process its own, where `checkpoint.save` lets the first alone
-            save_file({"latent": latent[0].half().contiguous(), "body": share.half().contiguous()}, temporary)
+        share = F.avg_pool3d(body.float(), self.grid)[0, 0].half()  # [d h w]
+        write(self._path(index), {"latent": latent[0].half().contiguous(), "body": share.contiguous()})  # each process its own
 
     def batch(self, batch: int, patch: Size3, seed: int, step: int) -> Tensor:
         """This process's rows of step `step`: crops of samples, `patch` voxels large, nine in ten about a voxel of a body, like

@@ -164,6 +164,7 @@ def finish_decoder(
             fabric_optimizer.zero_grad(set_to_none=True)
             fabric_judge.zero_grad(set_to_none=True)
             losses_of_step: dict[str, Tensor] = {}
+            means_before = [buffer.clone() for buffer in pair.buffers()]  # of both sides' texture
             for part in range(step * settings.accumulate, (step + 1) * settings.accumulate):
                 x = fabric.to_device(training.batch(settings.batch, cfg.seed + 3, part))  # [B 1 D H W]
                 size: Size3 = (x.shape[2], x.shape[3], x.shape[4])
@@ -181,6 +182,9 @@ def finish_decoder(
                 fabric_optimizer.step()
                 fabric_judge.step()
                 ema.update(pair, step)
+            else:
+                for buffer, before in zip(pair.buffers(), means_before, strict=True):
+                    buffer.copy_(before)
             step += 1
 
     curve.close()

@@ -89,7 +89,7 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
 def _shares(x: Tensor, inside: Tensor) -> Tensor:
     """A histogram that gradients pass: each value is shared by its two nearest bins in proportion."""
     place = (x.flatten() + 1) * (BINS - 1) / 2
-    below = place.detach().floor().clamp(0, BINS - 2)
+    below = place.detach().nan_to_num(0.0).floor().clamp(0, BINS - 2)  # NaN has no bin, and stays NaN in its share
     above = place - below  # share of the upper bin
     counts = x.new_zeros(BINS).index_add(0, below.long(), 1 - above).index_add(0, below.long() + 1, above)
     return counts[AIR_BINS:] / _size(inside)

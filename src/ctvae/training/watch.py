@@ -29,7 +29,6 @@ from ctvae.latents import LatentCode, LatentSet, most_fitted
 from ctvae.wiener import WienerVelocity
 
 SAMPLES = 48
-MOST_HELD_NUMBERS = 2**26  # of the training groups' latents, in memory: 256 MiB
 MOST_DISTANCES = 2**24  # in memory at a time
 SPLITS = 20  # of the held-out groups into halves, whose distances show what is noise
 MOST_COPIES = 0.05  # share of samples; more is worth a warning: by chance one or two of 48 are as near
@@ -99,14 +98,12 @@ def coordinates(rows: Tensor, wiener: WienerVelocity) -> Tensor:
 
 
 class Known:
-    """The training groups' latents as the flow sees them: in memory, or where they are many, read again for each look."""
+    """The training groups' latents as the flow sees them, read anew for each look: it does not matter how many there are."""
 
     def __init__(self, code: LatentCode, latents: LatentSet):
         self.code, self.latents = code, latents
         number: dict[str, int] = {}
         self.patients = torch.tensor([number.setdefault(patient, len(number)) for patient in latents.whose])  # [N]
-        many = len(latents) * math.prod(latents.shape) > MOST_HELD_NUMBERS
-        self._held = None if many else torch.cat([part for part, _ in self._read()])  # [N P]
 
     def closeness(self, rows: Tensor) -> Tensor:
         """How far each row [n P] is from the nearest patient, and that over the mean of the next ones: [n 2].
@@ -122,7 +119,7 @@ class Known:
         best = torch.full((len(rows), 1 + NEXT), math.inf)
         whose = torch.full(best.shape, -1)
         most = max(1, MOST_DISTANCES // len(rows))
-        for read, owners in self._read() if self._held is None else [(self._held, self.patients)]:
+        for read, owners in self._read():
             for part, patients in zip(read.split(most), owners.split(most), strict=True):
                 distance = torch.cat((best, torch.cdist(rows, part)), dim=1)
                 best, whose = of_patients(distance, torch.cat((whose, patients.expand(len(rows), -1)), dim=1))
