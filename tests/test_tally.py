@@ -102,7 +102,8 @@ def poison(monkeypatch, kind: type, steps: set[int], what: str = "loss") -> None
         if count[0] - 1 not in steps:
             return out
         if isinstance(out, tuple):  # the decoder's, with its patches
-            return out[0], {**out[1], "features": spoilt(out[1]["features"])}
+            *decoded, terms = out
+            return *decoded, {**terms, "features": spoilt(terms["features"])}
         return {**out, "reconstruction": spoilt(out["reconstruction"])} if isinstance(out, dict) else spoilt(out)
 
     monkeypatch.setattr(kind, "forward", forward)
