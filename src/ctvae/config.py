@@ -221,9 +221,7 @@ class Finish(Sharpening):
 
     save_every: int = Field(200, ge=1)
     drawn: Steps = Field(40, description="samples of the flow that are drawn to train on")
-    adversarial_weight: float = Field(1.6, ge=0, description="how hard the discriminator pulls; the reconstruction pulls with 1")
-    feature_weight: float = Field(4.0, ge=0, description="how hard its features of what is reconstructed pull")
-    moments_weight: float = Field(6.0, ge=0, description="how hard means of simple statistics pull where they are a spread apart")
+    moments_weight: float = Field(0.2, ge=0, description="on the means of simple statistics of texture")
 
 
 class Prior(Training):

@@ -27,7 +27,6 @@ from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks
 from ctvae.runlog import Clock, Curve, Run
 from ctvae.training.autoencoder import HeldOut, Reconstruction, load_autoencoder, save_autoencoder, validate
-from ctvae.training.balance import Balance
 from ctvae.training.drawn import DrawnLatents
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
@@ -37,8 +36,6 @@ from ctvae.training.perceptual import PerceptualTerm, perceptual_term
 from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, gradient_norm, noisy_latents
 from ctvae.training.tally import Tally
 
-PULLS = ("reconstruction", "adversarial", "features", "moments", "perceptual")
-LEARNING = 200  # steps over which their pull grows, as the discriminator has yet to learn
 DRAWING = 0.3  # of the stage's minutes at most
 
 
@@ -48,7 +45,6 @@ class FinishedPair(Pair):
     def __init__(self, decoder: nn.Module, discriminator: PatchDiscriminator, soft: tuple[float, float], ranks: Ranks = ALONE):
         super().__init__(decoder, discriminator)
         self.reconstructed, self.drawn = Moments(soft, ranks.mean), Moments(soft, ranks.mean)
-        self.balance = Balance(PULLS, ranks.mean)
 
 
 class FinishObjective(nn.Module):
@@ -63,13 +59,8 @@ class FinishObjective(nn.Module):
         self.perceptual = perceptual
         self.reconstruction = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
 
-    def forward(
-        self, x: Tensor, drawn: Tensor, random: torch.Generator, share: float = 1.0
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Real patches x [B 1 D H W] and drawn latents [B Z d h w] -> decoded ones y [2B 1 D H W], their pull, the losses.
-
-        `share` of their weights is what all but the reconstruction have.
-        """
+    def forward(self, x: Tensor, drawn: Tensor, random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Real patches x [B 1 D H W] and drawn latents [B Z d h w] -> decoded ones [2B 1 D H W] and the loss terms."""
         cfg, pair, network = self.cfg, self.pair, self.network
         encoded = noisy_latents(network, x, cfg.latent_noise, random, self.ranks)
         y = network.decode(torch.cat((encoded, drawn.to(encoded.dtype)))).float()
@@ -78,21 +69,13 @@ class FinishObjective(nn.Module):
         with torch.no_grad():
             _, real = pair.discriminator(x)
         terms = {
-            "reconstruction": torch.stack(list(self.reconstruction(again, x).values())).sum(),
-            "adversarial": losses.deceiving(logits.float(), cfg.adversarial),
-            "features": losses.feature_matching(real, [f[: len(x)] for f in fake], self.ranks.mean).float(),
-            "moments": (pair.reconstructed(again, x) + pair.drawn(made, x)) / 2,
-        }
-        off = torch.cat((pair.reconstructed.off(), pair.drawn.off())).square().mean().sqrt().clamp_max(1)
-        weights = {
-            "adversarial": share * cfg.adversarial_weight,
-            "features": share * cfg.feature_weight,
-            "moments": share * cfg.moments_weight * off,
-            "perceptual": share * cfg.perceptual_weight,
+            "adversarial": cfg.adversarial_weight * losses.deceiving(logits.float(), cfg.adversarial),
+            "features": cfg.feature_weight * losses.feature_matching(real, [f[: len(x)] for f in fake], self.ranks.mean).float(),
+            "moments": cfg.moments_weight * (pair.reconstructed(again, x) + pair.drawn(made, x)) / 2,
         }
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(again, x, random)
-        return y, pair.balance(y, terms, weights), terms
+            terms["perceptual"] = cfg.perceptual_weight * self.perceptual(again, x, random)
+        return y, {**self.reconstruction(again, x), **terms}
 
 
 def finish_decoder(
@@ -170,8 +153,8 @@ def finish_decoder(
                 size: Size3 = (x.shape[2], x.shape[3], x.shape[4])
                 drawn = fabric.to_device(samples.batch(settings.batch, size, cfg.seed + 3, part))  # [B Z d h w]
                 pair.discriminator.requires_grad_(False)
-                y, pull, terms = draw(x, drawn, generator(cfg.seed + 3, part), min(1.0, step / LEARNING))
-                fabric.backward(y, gradient=pull / settings.accumulate)
+                y, terms = draw(x, drawn, generator(cfg.seed + 3, part))
+                fabric.backward(sum(terms.values()) / settings.accumulate)
                 pair.discriminator.requires_grad_(True)
                 terms["discriminator"] = tell(x, y.detach())
                 fabric.backward(terms["discriminator"] / settings.accumulate)
