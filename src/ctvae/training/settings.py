@@ -79,7 +79,8 @@ def settle(dataset: Dataset, folder: Path, asked: Asked) -> Settled:
     if asked.memory_gb is None and (asked.processes > 1 or _surely_fits(settled.cfg)):
         return settled
     source = planner.Source.of(dataset)
-    found = planner.weigh(method, source, asked.memory_gb, (*planned, *asked.overrides))
+    known = [text for text in planned if text not in precision]  # which is a plan's to decide
+    found = planner.weigh(method, source, asked.memory_gb, (*known, *asked.overrides))
     if not found.fits:
         raise DoesNotFit(found.note)
     if found.as_asked:
