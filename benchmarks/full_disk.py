@@ -100,7 +100,7 @@ def disk(place: Path, most_bytes: int = ENOUGH_BYTES) -> Iterator[Path]:
     try:
         yield place
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(place)], check=True)  # a worker may be dying still, with a file open
 
 
 def sized(place: Path, most_bytes: int) -> None:
