@@ -20,7 +20,7 @@ test-slow: $(INSTALLED)
 
 # Of the modules that compute and do nothing else (pyproject.toml names them), by their own tests.
 PURE := haar flow slabs wiener losses tiling intensity volume priors config preprocess optimizer velocity \
-	evaluation_distances evaluation_similarity
+	recompute evaluation_distances evaluation_similarity
 coverage: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -q $(PURE:%=tests/test_%.py)
 	$(BIN)/python -m coverage report

@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kills import Verb, content, different, finish, staged
+from safetensors.numpy import load_file
 
 from ctvae import files
-from ctvae.checkpoint import load
 
 ENOUGH_BYTES = 2**30
 
@@ -88,7 +88,7 @@ def complaints(code: int, said: str, place: Path) -> list[str]:
         if files.is_partial(path):
             wrong.append(f"{path.name} left")
         elif path.suffix == ".safetensors":
-            load(path)
+            load_file(path)  # raises where it is not whole
     return wrong
 
 
@@ -100,7 +100,7 @@ def disk(place: Path, most_bytes: int = ENOUGH_BYTES) -> Iterator[Path]:
     try:
         yield place
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(place)], check=True)  # a worker may be dying still, with a file open
 
 
 def sized(place: Path, most_bytes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -91,6 +92,18 @@ def test_no_cycles():
 
     for module in MODULES:
         visit(module, ())
+
+
+def test_the_lines_that_mutations_change_are_there():
+    """Or benchmarks/mutations.py, which takes minutes, has gone stale without anybody's notice."""
+    spec = importlib.util.spec_from_file_location("mutations", ROOT / "benchmarks" / "mutations.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["mutations"] = mutations = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutations)
+    for mutation in mutations.MUTATIONS:
+        assert (PACKAGE / mutation.module).read_text(encoding="utf-8").count(mutation.right) == 1, mutation
+        assert (ROOT / "tests" / mutation.test).is_file()
 
 
 def test_every_module_says_what_it_is():
