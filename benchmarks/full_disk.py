@@ -85,7 +85,7 @@ def complaints(code: int, said: str, place: Path) -> list[str]:
     wrong = [f"exit code {code}"] * (code != 2) + [f"{len(errors)} lines of error"] * (len(errors) != 1)
     wrong += [line for line in said.splitlines() if "Traceback" in line or "Error" in line.partition(":")[0]]
     for path in place.rglob("*"):
-        if files.is_partial(path):
+        if path.is_file() and files.is_partial(path):
             wrong.append(f"{path.name} left")
         elif path.suffix == ".safetensors":
             load_file(path)  # raises where it is not whole
