@@ -191,7 +191,7 @@ class Sharpening(Training):
 
     enabled: bool = False
     steps: Steps = 2000
-    lr: Positive = 2e-4
+    lr: Positive = 1e-4
     patch: Sides | Literal["whole"] | None = Field(None, description="random crop per step, or `whole` groups; none: data.patch")
     adversarial: Literal["hinge", "lsgan"] = Field("hinge", description="which loss on the discriminator's logits")
     adversarial_weight: float = Field(0.03, ge=0)
@@ -200,7 +200,7 @@ class Sharpening(Training):
     perceptual_weight: float = Field(0.3, ge=0)
     latent_noise: float = Field(0.1, ge=0, description="noise on the encoded latents, in standard deviations")
     discriminator_width: int = Field(32, ge=1, le=1024)
-    discriminator_lr: Positive = 2e-4
+    discriminator_lr: Positive = 1e-4
 
     @field_validator("patch", mode="before")
     @classmethod
@@ -220,8 +220,9 @@ class Finish(Sharpening):
     """Training the decoder on what the flow draws, once there is a prior (`training/finish.py`)."""
 
     save_every: int = Field(200, ge=1)
-    drawn: Steps = Field(40, description="samples of the flow that are drawn to train on")
-    moments_weight: float = Field(0.2, ge=0, description="on the means of simple statistics of texture")
+    adversarial_weight: float = Field(0.04, ge=0)
+    drawn: Steps = Field(64, description="samples of the flow that are drawn to train on")
+    moments_weight: float = Field(0.1, ge=0, description="on the means of simple statistics of texture")
 
 
 class Prior(Training):
