@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,11 @@ class EMA:
                 self.weights[name].lerp_(value, 1 - decay)
             else:
                 self.weights[name].copy_(value)
+
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """`weights` in place of the averaged ones."""
+        for name, value in self.weights.items():
+            value.copy_(weights[name])
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:

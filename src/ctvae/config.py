@@ -241,6 +241,7 @@ class Prior(Training):
     max_zoom: float = Field(0.08, ge=0, lt=0.5, description="in plane, of the augmented encodings; their told spacing follows")
     looks: int = Field(4, ge=0, description="times that samples are drawn while the flow trains, and judged by held-out groups")
     patience: int = Field(2, ge=1, description="the flow stops after this many looks in a row that were worse than the best")
+    choose_average: bool = Field(True, description="after training, average the weights for as long as lowers the held-out loss")
     shard: bool = Field(False, description="cut the network up over the processes of torchrun: each trains and holds its share")
     sampling_steps: int = Field(20, ge=1, le=10_000, description="steps of the solver at generation, whichever solver it is")
     guidance: float = Field(1.5, ge=0, allow_inf_nan=False, description="classifier-free guidance by the conditions; 1: none")

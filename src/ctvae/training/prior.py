@@ -26,6 +26,7 @@ from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks
 from ctvae.runlog import Clock, Curve, Run
 from ctvae.sharding import gathered, whole
+from ctvae.training import averages
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
 from ctvae.training.start import load_flow
@@ -191,7 +192,12 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
     looked, seen = math.floor(clock.progress(start) * settings.looks), Seen()
     worse = ranks.told(partial(worse_for, best, looked))  # of a run that was killed right after its last look, too
 
+    moments = averages.Moments(run.folder / "averages", settings.save_every)
+    choosing = settings.choose_average and data.held_out is not None and not settings.shard
+
     def keep() -> None:
+        if choosing:
+            moments.keep(step, ema.weights)
         checkpoints.save(step, network, ema, optimizer, {"seconds": clock.seconds, "skipped_steps": tally.skipped})
 
     saved_alone = None if settings.shard else keep
@@ -238,11 +244,21 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
             step += 1
 
     curve.close()
-    kept = best.load_into(network, otherwise=ema.weights) if ranks.first or settings.shard else {}
+    chosen: dict[str, float] = {}
+    if choosing and ranks.told(lambda: best.meta().get("step", step)) == step:  # no earlier weights were better
+        optimizer.zero_grad(set_to_none=True)
+        chosen = choose_average(moments, step, network, ema, data, settings.precision, ranks)
+    if chosen.get("average"):
+        kept = best.meta() if ranks.first else {}
+        network.load_state_dict(ema.weights)
+    else:
+        kept = best.load_into(network, otherwise=ema.weights) if ranks.first or settings.shard else {}
     if settings.shard:
         ranks.agreed(int(kept.get("step", step)))  # the same weights, and all have read them
     best.clear()
+    moments.clear()
     figures = {"flow_steps": step, "flow_seconds": round(clock.seconds), "flow_loss": round(mean_or_nan(held_out), 4)}
+    figures |= chosen
     if kept:
         figures |= {"best_step": kept["step"], **{name: round(kept[name], 4) for name in Seen._fields}}
     return {**figures, "skipped_steps": tally.skipped}
@@ -272,6 +288,23 @@ def look(watch: Watch, network: nn.Module, ema: EMA, settings: Prior, ranks: Ran
         return list(seen)
 
     return Seen(*ranks.told(first))
+
+
+def choose_average(
+    moments: averages.Moments, step: int, network: nn.Module, ema: EMA, data: Data, precision: str, ranks: Ranks
+) -> dict[str, float]:
+    """Gives `ema` the average over the whole training that has the least held-out loss, if any is better; returns its length."""
+    ranks.barrier()  # the first process has written all
+    losses = {0.0: held_out_loss(network, ema, data, precision, ranks)}
+    if not moments.kept(step - 1):
+        return {}
+    own = {name: value.clone() for name, value in ema.weights.items()}
+    for length in averages.LENGTHS:
+        ema.take(moments.average(step, own, length))
+        losses[length] = held_out_loss(network, ema, data, precision, ranks)
+    length = min(losses, key=lambda length: losses[length])
+    ema.take(moments.average(step, own, length) if length else own)
+    return {"average": length, "average_loss": round(losses[length], 4), "unaveraged_loss": round(losses[0.0], 4)}
 
 
 def worse_for(best: Best, looked: int) -> int:
