@@ -65,8 +65,8 @@ class Setting:
 
     def config(self, size: Size3) -> Config:
         shape = multiple_above(size, load_recipe(self.method, self.overrides).model.grid)
-        polished = f"polish.enabled={self.what == 'polish'}"
-        steps = ("autoencoder.steps=2", "polish.steps=2", "prior.steps=4", polished, f"data.shape={list(shape)}")
+        stages = (f"polish.enabled={self.what == 'polish'}", "finish.enabled=false")
+        steps = ("autoencoder.steps=2", "polish.steps=2", "prior.steps=4", *stages, f"data.shape={list(shape)}")
         return load_recipe(self.method, (*self.overrides, *steps))
 
 
