@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from ctvae.checkpoint import load
 from ctvae.config import load_config
 from ctvae.errors import ConfigError, ModelError
 from ctvae.generate import generate
+from ctvae.model import open_model
 from ctvae.training import start
 from ctvae.training.train import train
 
@@ -61,6 +63,22 @@ def test_a_run_of_its_own_does_not_begin_again(tiny_dataset, tiny_run, tiny_sett
     run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=tiny_settings)
     with pytest.raises(ConfigError, match="has been trained already"):
         train(tiny_dataset, run, stage="autoencoder", overrides=tiny_settings, start=tiny_run)
+
+
+def test_a_deeper_decoder_begins_as_the_one_it_began_from(tiny_dataset, tiny_run, tmp_path):
+    deeper = "model.decoder_blocks=[3,2]"
+    run = train(tiny_dataset, tmp_path / "run", stage="prior", overrides=[*QUICK, deeper], start=tiny_run)
+    again = train(tiny_dataset, tmp_path / "again", stage="prior", overrides=[*QUICK, deeper], start=tiny_run)
+    assert same(tensors(run), tensors(again))
+    assert len(tensors(run)) > len(tensors(tiny_run))
+    ours, theirs = open_model(run), open_model(tiny_run)
+    assert ours.cfg.model.decoder_blocks == (3, 2)
+    latent = ours.draw("normal", 0, 0).latent
+    np.testing.assert_array_equal(ours.decode(latent), theirs.decode(latent))
+    sharper = train(tiny_dataset, tmp_path / "on", stage="autoencoder", overrides=[*QUICK, deeper], start=tiny_run)
+    assert len(tensors(sharper)) == len(tensors(run))
+    with pytest.raises(ModelError, match="weights do not fit"):
+        train(tiny_dataset, tmp_path / "less", stage="prior", overrides=[*QUICK, "model.decoder_blocks=[0,0]"], start=tiny_run)
 
 
 def test_sizes_are_the_weights(tiny_dataset, tiny_run, tmp_path):

@@ -17,6 +17,9 @@ ONE = (1, 1, 1)
 WAVELETS = {
     "one level": Wavelet3D(strides=((2, 2, 2),), widths=(6,), blocks=(1,), latent_channels=3),
     "two levels": Wavelet3D(strides=((2, 2, 2),) * 2, widths=(4, 6), blocks=(1, 2), latent_channels=3),
+    "deeper decoder": Wavelet3D(
+        strides=((2, 2, 2),) * 2, widths=(4, 6), blocks=(1, 1), decoder_blocks=(3, 1), latent_channels=3
+    ),
     "anisotropic": Wavelet3D(strides=((1, 2, 2), (2, 2, 2)), widths=(4, 6), blocks=(2, 1), latent_channels=3),
     "three levels": Wavelet3D(strides=((2, 2, 2), (1, 2, 2), (2, 1, 2)), widths=(4, 4, 6), blocks=(1, 0, 1)),
 }

@@ -15,6 +15,9 @@ from ctvae.models.wavelet3d import INITIAL_LOGVAR, Wavelet3DVAE, halo
 CONFIGS = {
     "two levels": Wavelet3D(strides=((2, 2, 2),) * 2, widths=(4, 8), blocks=(1, 2), latent_channels=3),
     "flat": Wavelet3D(strides=((1, 2, 2), (2, 2, 2)), widths=(4, 8), blocks=(1, 1), latent_channels=2),
+    "deeper decoder": Wavelet3D(
+        strides=((2, 2, 2),) * 2, widths=(4, 8), blocks=(1, 2), decoder_blocks=(3, 2), latent_channels=3
+    ),
     "one level": Wavelet3D(strides=((2, 2, 1),), widths=(6,), blocks=(1,), latent_channels=2),
 }
 

@@ -102,6 +102,7 @@ class Wavelet3D(Section):
     strides: tuple[Size3, ...] = Field(((2, 2, 2),) * 3, description="per-axis (D H W) Haar steps, fine to coarse")
     widths: Widths = Field((32, 128, 160), description="channels after each Haar step")
     blocks: Blocks = Field((1, 2, 2), description="residual blocks after each Haar step")
+    decoder_blocks: Blocks | None = Field(None, description="the decoder's, fine to coarse; none: as many as `blocks`")
     latent_channels: int = Field(32, ge=1, le=1024, description="channels of the latent volume")
     checkpointing: bool = Field(False, description="recompute each block in the backward pass: less memory, more time")
 
@@ -113,10 +114,15 @@ class Wavelet3D(Section):
             d, h, w = d * stride[0], h * stride[1], w * stride[2]
         return d, h, w
 
+    @property
+    def decoding_blocks(self) -> tuple[int, ...]:
+        """Residual blocks of the decoder's levels, fine to coarse."""
+        return self.blocks if self.decoder_blocks is None else self.decoder_blocks
+
     @model_validator(mode="after")
     def _one_entry_per_level(self) -> Wavelet3D:
-        if not len(self.strides) == len(self.widths) == len(self.blocks):
-            raise ValueError("strides, widths and blocks need one entry per level each")
+        if not len(self.strides) == len(self.widths) == len(self.blocks) == len(self.decoding_blocks):
+            raise ValueError("strides, widths, blocks and decoder_blocks need one entry per level each")
         if any(step not in (1, 2) for stride in self.strides for step in stride):
             raise ValueError("a Haar step is 1 or 2 along each axis")
         return self
@@ -191,16 +197,19 @@ class Sharpening(Training):
 
     enabled: bool = False
     steps: Steps = 2000
-    lr: Positive = 1e-4
+    optimizer: Literal["muon", "adam"] = "adam"
+    lr: Positive = 5e-5
     patch: Sides | Literal["whole"] | None = Field(None, description="random crop per step, or `whole` groups; none: data.patch")
-    adversarial: Literal["hinge", "lsgan"] = Field("hinge", description="which loss on the discriminator's logits")
-    adversarial_weight: float = Field(0.03, ge=0)
-    feature_weight: float = Field(0.3, ge=0, description="on the discriminator's features of what is reconstructed")
+    adversarial: Literal["hinge", "lsgan", "relativistic"] = Field("relativistic", description="the loss on its logits")
+    adversarial_weight: float = Field(0.1, ge=0)
+    feature_weight: float = Field(0.05, ge=0, description="on the discriminator's features of what is reconstructed")
     perceptual: Perceptual = Field("none", description="MONAI's pretrained loss besides; its network is downloaded")
     perceptual_weight: float = Field(0.3, ge=0)
     latent_noise: float = Field(0.1, ge=0, description="noise on the encoded latents, in standard deviations")
     discriminator_width: int = Field(32, ge=1, le=1024)
-    discriminator_lr: Positive = 1e-4
+    discriminator_lr: Positive = 2e-4
+    momentum: Share = Field(0.0, description="of the discriminator, and of the decoder where its optimizer is adam")
+    slope_penalty: float = Field(1.0, ge=0, description="on the discriminator's squared slopes; 0: none")
 
     @field_validator("patch", mode="before")
     @classmethod
@@ -220,7 +229,6 @@ class Finish(Sharpening):
     """Training the decoder on what the flow draws, once there is a prior (`training/finish.py`)."""
 
     save_every: int = Field(200, ge=1)
-    adversarial_weight: float = Field(0.04, ge=0)
     drawn: Steps = Field(64, description="samples of the flow that are drawn to train on")
     moments_weight: float = Field(0.1, ge=0, description="on the means of simple statistics of texture")
 

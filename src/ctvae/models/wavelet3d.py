@@ -52,12 +52,15 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The encoder's mirror: residual blocks, convolution, inverse Haar step, per level from coarse to fine."""
+    """The encoder's mirror: residual blocks, convolution, inverse Haar step, per level from coarse to fine.
+
+    It may have more blocks than the encoder, which take no part in what latents are.
+    """
 
     def __init__(self, cfg: Wavelet3D):
         super().__init__()
         self.strides = cfg.strides[::-1]
-        widths, blocks = cfg.widths[::-1], cfg.blocks[::-1]
+        widths, blocks = cfg.widths[::-1], cfg.decoding_blocks[::-1]
         self.entry = Conv(cfg.latent_channels, widths[0], kernel_size=3, padding=1)
         self.levels = nn.ModuleList(nn.ModuleList(ResBlock(w) for _ in range(n)) for w, n in zip(widths, blocks, strict=True))
         exits: list[nn.Module] = []
@@ -109,7 +112,8 @@ def halo(cfg: Wavelet3D) -> Size3:
         voxels, step = 0, 1
         for level, stride in enumerate(cfg.strides):
             step *= stride[axis]
-            convolutions = 2 * cfg.blocks[level] + (level in (0, len(cfg.strides) - 1)) + (len(cfg.strides) == 1)
+            blocks = max(cfg.blocks[level], cfg.decoding_blocks[level])
+            convolutions = 2 * blocks + (level in (0, len(cfg.strides) - 1)) + (len(cfg.strides) == 1)
             voxels += step * convolutions
         reach.append(math.ceil(voxels / scale) + 1)
     return reach[0], reach[1], reach[2]

@@ -73,7 +73,7 @@ def settle(dataset: Dataset, folder: Path, asked: Asked) -> Settled:
     if begun and asked.memory_gb is None:
         return _settled(dataset, method, planned, asked, "")
     strides = [] if asked.start else _strides(dataset, method, asked)
-    precision = planner.precision_overrides(load_recipe(method, asked.overrides), asked.pinned)
+    precision = planner.precision_overrides(load_recipe(method, _merged(planned, asked.overrides)), asked.pinned)
     planned = _merged([text for text in planned if _key(text) not in planner.MEMORY_KEYS], (*strides, *precision))
     settled = _settled(dataset, method, planned, asked, planner.NO_BF16 if precision else "")
     if asked.memory_gb is None and (asked.processes > 1 or _surely_fits(settled.cfg)):

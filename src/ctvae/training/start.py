@@ -37,6 +37,7 @@ WEIGHTS_DECIDE = {  # settings that the weights fix
     "prior": ("widths", "blocks", "mlp_width"),
 }
 NOT_OF_THE_WEIGHTS = {"checkpointing"}
+DEEPER = "model.decoder_blocks"  # may be more than those of the weights: new ones begin as the identity
 
 
 def settings_of(model: Path, pinned: Sequence[str]) -> tuple[str, list[str]]:
@@ -51,11 +52,11 @@ def settings_of(model: Path, pinned: Sequence[str]) -> tuple[str, list[str]]:
     for section, names in WEIGHTS_DECIDE.items():
         for name in names or tree[section]:
             key, value = f"{section}.{name}", tree[section][name]
-            if name in NOT_OF_THE_WEIGHTS or name == "kind":
+            if name in NOT_OF_THE_WEIGHTS or name == "kind" or (key == DEEPER and key in given):
                 continue
             if key in given and files.parsed_yaml(given[key]) != value:
                 raise ConfigError(f"{key}={given[key]}: the weights to start from have {value}; leave it out, or --from")
-            overrides.append(f"{key}={value}")
+            overrides.append(f"{key}={'null' if value is None else value}")
     return cfg.method, overrides
 
 
@@ -83,6 +84,7 @@ def load_network(run: Run, network: nn.Module) -> None:
     """Gives a new autoencoder the weights to start from, if the run has any. Raises ModelError where they do not fit."""
     if started(run):
         tensors, _ = load(run.folder / "from" / AUTOENCODER)
+        tensors = _deepened(tensors, network)
         network.load_state_dict(built(lambda: network, tensors, run.folder / "from").state_dict())
 
 
@@ -96,10 +98,19 @@ def take_autoencoder(run: Run, cfg: Config, stage: str) -> None:
     tensors, meta = load(run.folder / "from" / AUTOENCODER)
     assert cfg.data.shape is not None
     shape = cfg.data.shape
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(cfg.seed)
+        tensors = _deepened(tensors, build(cfg.model, shape))
     network = built(lambda: build(cfg.model, shape), tensors, run.folder / "from")
     meta = {**meta, "config": cfg.model_dump(mode="json"), "shape": shape}
     save(run.folder / AUTOENCODER, network.state_dict(), meta)
     run.finish_stage("autoencoder", taken_from=run.state["from"])
+
+
+def _deepened(tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """With the blocks that a deeper decoder has besides; as they begin, they change nothing."""
+    new = {name: value for name, value in network.state_dict().items() if name.startswith("decoder.levels.")}
+    return {**new, **tensors}
 
 
 def load_flow(run: Run, network: nn.Module, names: Sequence[str]) -> bool:
