@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 import pytest
 import torch
 
+from ctvae.models import discriminator as module
 from ctvae.models.discriminator import DECAY, PatchDiscriminator
 
 SOFT = (-0.16, 0.24)
@@ -52,6 +55,35 @@ def test_contrast_of_soft_tissue_is_seen_beside_bone_and_air():
     assert seen[:, WINDOW].max() > 4 * seen[:, WHOLE].max()
 
 
+def test_steepness_is_the_gradients_square(monkeypatch):
+    """Of both views' logits along all that they see, by autograd; the finite difference has it in the mean over its noise."""
+    monkeypatch.setattr(module, "STEP", 1e-3)
+    torch.manual_seed(0)
+    discriminator, x = PatchDiscriminator(4, SOFT).double(), patches(0.05, 1)[..., :4, :4, :4].double()
+    bands = discriminator._standard(discriminator._bands(x)).requires_grad_()
+    logit = discriminator._judged(bands)[0]
+    assert logit.shape == (1, 2, 1, 1, 1)
+    (slope,) = torch.autograd.grad(logit.sum(), bands)
+    random = torch.Generator().manual_seed(2)
+    found = [discriminator.steepness(x, lambda shape: torch.randn(shape, generator=random))[1].item() for _ in range(4000)]
+    assert fmean(found) == pytest.approx(slope.square().sum().item() / 2, rel=0.1)  # squares of a normal: 2.2 % expected
+
+
+def test_steepness_is_lowered_by_training_on_it():
+    torch.manual_seed(0)
+    discriminator, x = PatchDiscriminator(4, SOFT), patches(0.05, 1)
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-3)
+    sizes = []
+    for seed in range(30):
+        random = torch.Generator().manual_seed(seed)
+        _, size = discriminator.steepness(x, lambda shape, random=random: torch.randn(shape, generator=random))
+        optimizer.zero_grad()
+        size.backward()
+        optimizer.step()
+        sizes.append(size.item())
+    assert fmean(sizes[-5:]) < 0.5 * fmean(sizes[:5])
+
+
 @pytest.mark.parametrize("soft", [(0.2, 0.2), (1.0, -1.0)])
 def test_a_window_without_soft_tissue_is_seen_twice(soft):
     discriminator = PatchDiscriminator(4, soft)
@@ -59,7 +91,30 @@ def test_a_window_without_soft_tissue_is_seen_twice(soft):
     torch.testing.assert_close(bands[:, WHOLE], bands[:, WINDOW])
 
 
+def test_neither_view_is_told_by_the_other():
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(4, SOFT)
+    x = (2 * torch.rand(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(1)) - 1).requires_grad_()
+    bone = torch.where(x > SOFT[1] + 0.1, 0.95, x)  # beyond the window of soft tissue
+    (whole, soft), (other, same) = (discriminator(v)[0].unbind(1) for v in (x, bone))
+    torch.testing.assert_close(soft, same)
+    assert not torch.allclose(whole, other)
+
+
+def test_values_that_no_file_holds_give_a_decoder_no_lesson():
+    """A decoder is off by a little in air, beyond -1000 HU, where a scan is clipped: to be told that is to learn nothing else."""
+    torch.manual_seed(0)
+    discriminator, real = PatchDiscriminator(4, SOFT), patches(0.05, 1)
+    discriminator.observe(real)
+    decoded = torch.where(real < -0.9, real - 0.1, real).requires_grad_()
+    logits, _ = discriminator(decoded)
+    torch.testing.assert_close(logits, discriminator(decoded.clamp(-1, 1))[0])
+    (slope,) = torch.autograd.grad(logits.sum(), decoded)
+    assert not slope[decoded < -1].any()
+    assert slope[decoded > -1].any()
+
+
 def test_any_size_is_taken():
     logits, features = PatchDiscriminator(4, SOFT)(torch.rand(2, 1, 6, 9, 12))
-    assert logits.shape == (2, 1, 2, 3, 3)
-    assert len(features) == 4
+    assert logits.shape == (2, 2, 2, 3, 3)
+    assert len(features) == 8

@@ -98,11 +98,12 @@ REAL, FAKE = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.5])
     [
         ("hinge", (0 + 0.5) / 2 + (0 + 1.5) / 2, (2.0 - 0.5) / 2),
         ("lsgan", 0.5 * (1 + 0.25) / 2 + 0.5 * (4 + 0.25) / 2, 0.5 * (9 + 0.25) / 2),
+        ("relativistic", (math.log1p(math.exp(-4)) + math.log(2)) / 2, (math.log1p(math.exp(4)) + math.log(2)) / 2),
     ],
 )
 def test_adversarial_losses_of_logits_that_are_known(kind, judging, deceiving):
     assert losses.judging(REAL, FAKE, kind).item() == pytest.approx(judging)
-    assert losses.deceiving(FAKE, kind).item() == pytest.approx(deceiving)
+    assert losses.deceiving(REAL, FAKE, kind).item() == pytest.approx(deceiving)
 
 
 def test_the_least_squares_judge_tells_the_share_of_real_ones():
@@ -115,8 +116,14 @@ def test_the_least_squares_judge_tells_the_share_of_real_ones():
     assert slope.item() == pytest.approx(2 * 0.1)
 
 
-@pytest.mark.parametrize("kind", ["hinge", "lsgan"])
+def test_several_decoded_patches_are_compared_with_the_same_real_ones():
+    real, fake = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    gaps = [0 - 1, 1 - 3, 2 - 1, 3 - 3]
+    assert losses.judging(real, fake, "relativistic").item() == pytest.approx(sum(math.log1p(math.exp(g)) for g in gaps) / 4)
+
+
+@pytest.mark.parametrize("kind", ["hinge", "lsgan", "relativistic"])
 def test_what_deceives_is_what_the_judge_takes_for_real(kind):
     logit = torch.tensor([-0.5, 0.2], requires_grad=True)
-    (slope,) = torch.autograd.grad(losses.deceiving(logit, kind), logit)
+    (slope,) = torch.autograd.grad(losses.deceiving(REAL, logit, kind), logit)
     assert (slope < 0).all()

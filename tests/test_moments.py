@@ -19,15 +19,29 @@ SHARES = slice(0, BINS - AIR_BINS)
 BANDS = slice(SHARES.stop, SHARES.stop + 14)  # of the whole range, and 14 more of the soft tissue window
 
 
-def test_shares_are_a_histogram_of_what_is_not_air():
+def test_shares_are_a_cumulative_histogram_of_what_is_not_air():
     centres = torch.linspace(-1, 1, BINS)
     x = centres[torch.randint(BINS, (1, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0))]
     found = statistics(x, SOFT)[SHARES].numpy()
     values = x[x > AIR].numpy()
     exact = np.histogram(values, bins=BINS, range=(-1 - 1 / (BINS - 1), 1 + 1 / (BINS - 1)))[0] / values.size
-    np.testing.assert_allclose(found, exact[AIR_BINS:], atol=1e-4)
+    np.testing.assert_allclose(found, exact[AIR_BINS:].cumsum(), atol=1e-4)
     between = statistics(torch.full((1, 1, 4, 4, 4), (centres[3] * 0.25 + centres[4] * 0.75).item()), SOFT)[SHARES]
-    torch.testing.assert_close(between[3 - AIR_BINS : 5 - AIR_BINS], torch.tensor([0.25, 0.75]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(between[3 - AIR_BINS : 5 - AIR_BINS], torch.tensor([0.25, 1.0]), atol=1e-4, rtol=0)
+
+
+def test_what_is_too_frequent_over_a_wide_range_is_told_where_to_go():
+    """Partial volumes spread evenly from fat to bone, where real ones are either: all are pulled, not those at the ends."""
+    moments, random = Moments(SOFT), torch.Generator().manual_seed(0)
+    for _ in range(12):
+        fake = 1.2 * torch.rand(1, 1, 8, 8, 8, generator=random) - 0.4
+        real = torch.where(torch.rand(1, 1, 8, 8, 8, generator=random) < 0.5, -0.4, 0.8)
+        moments(fake, real + 0.02 * torch.randn(real.shape, generator=random))
+    fake.requires_grad_()
+    (moments.off() * statistics(fake, SOFT))[SHARES].sum().backward()
+    middle = ((fake - 0.2).abs() > 0.1) & ((fake - 0.2).abs() < 0.5)
+    away = fake.grad[middle].sign() == (0.2 - fake.detach()[middle]).sign()  # downhill is towards the nearer of the two
+    assert away.float().mean() > 0.9
 
 
 def test_it_does_not_matter_how_much_of_a_patch_is_air():

@@ -336,10 +336,10 @@ def test_a_network_that_is_downloaded_is_told_to_be_left_out():
     assert "\n" not in note
 
 
-def test_two_patches_of_the_finish_take_about_as_much_as_three_of_the_polish():
+def test_two_patches_of_the_finish_take_no_more_than_three_of_the_polish():
     small = ("data.patch=null", "model.widths=[8,8,16]", "data.shape=[32,64,64]", "polish.batch=3", "finish.batch=1")
     cfg, kernels = load_recipe("wavelet3d", small), Kernels("cpu", torch.get_num_threads())
-    assert dry.finish(cfg, kernels) == pytest.approx(dry.polish(cfg, kernels), rel=0.1)
+    assert 0.5 * dry.polish(cfg, kernels) < dry.finish(cfg, kernels) < 1.02 * dry.polish(cfg, kernels)
 
 
 def test_many_groups_need_memory_of_their_own_up_to_what_is_fitted_to():

@@ -47,8 +47,8 @@ def volume(seed: int) -> Tensor:
     return 2 * torch.rand(1, 1, *SHAPE, generator=torch.Generator().manual_seed(seed)) - 1
 
 
-def objectives(*settings: str, perceptual: PerceptualTerm | None = None) -> dict[str, tuple[dict, Tensor, Tensor]]:
-    """By stage: the terms, the decoded volume and the discriminator's logits of it, with the same networks each time."""
+def objectives(*settings: str, perceptual: PerceptualTerm | None = None) -> dict[str, tuple[dict, Tensor, PatchDiscriminator]]:
+    """By stage: the terms, the decoded volume and the discriminator, with the same networks each time."""
     found = {}
     for stage in ("polish", "finish"):
         torch.manual_seed(0)
@@ -62,7 +62,7 @@ def objectives(*settings: str, perceptual: PerceptualTerm | None = None) -> dict
             discriminator = pair.discriminator
             drawn = torch.randn(1, *network.latent_shape, generator=torch.Generator().manual_seed(2))
             y, terms = FinishObjective(network, pair, cfg, perceptual=perceptual)(x, drawn, random)
-        found[stage] = terms, y, discriminator(y)[0]
+        found[stage] = terms, y, discriminator
     return found
 
 
@@ -71,16 +71,40 @@ def objectives(*settings: str, perceptual: PerceptualTerm | None = None) -> dict
 
 @pytest.mark.parametrize("kind", ["hinge", "lsgan"])
 def test_the_decoder_and_the_judge_play_the_same_game(kind):
-    for terms, y, logits in objectives(f"adversarial={kind}", "adversarial_weight=0.5").values():
+    cfg = load_recipe("wavelet3d", [f"polish.adversarial={kind}", "polish.slope_penalty=0"]).polish
+    for terms, y, discriminator in objectives(f"adversarial={kind}", "adversarial_weight=0.5").values():
+        logits = discriminator(y)[0]
         expected = 0.5 * (logits - 1).square().mean() if kind == "lsgan" else -logits.mean()
         torch.testing.assert_close(terms["adversarial"], 0.5 * expected)
         torch.manual_seed(3)
         judge = PatchDiscriminator(4, SOFT)
-        found = DiscriminatorObjective(judge, kind)(volume(0), y.detach()[:1])
+        found = DiscriminatorObjective(judge, cfg)(volume(0), y.detach()[:1], torch.Generator())
         real, fake = (judge(v)[0] for v in (volume(0), y.detach()[:1]))
         parts = (1 - real).square() / 2, fake.square() / 2
         expected = sum(p.mean() for p in parts) if kind == "lsgan" else (1 - real).relu().mean() + (1 + fake).relu().mean()
         torch.testing.assert_close(found, expected)
+
+
+def test_decoded_patches_are_compared_with_real_ones():
+    """Of the relativistic loss: each decoded patch, reconstructed or drawn, with the real one of its row."""
+    for terms, y, judge in objectives("adversarial=relativistic", "adversarial_weight=0.5").values():
+        gap = judge(volume(0))[0] - judge(y)[0]
+        torch.testing.assert_close(terms["adversarial"], 0.5 * nn.functional.softplus(gap).mean())
+
+
+def test_slopes_are_penalised_on_both_sides():
+    cfg = load_recipe("wavelet3d", ["polish.slope_penalty=0", "polish.adversarial=hinge"]).polish
+    steep = cfg.model_copy(update={"slope_penalty": 4.0})
+    torch.manual_seed(3)
+    judge = PatchDiscriminator(4, SOFT)
+    judge.observe(volume(0))
+    plain, found = (
+        DiscriminatorObjective(judge, settings)(volume(0), volume(1), torch.Generator().manual_seed(5))
+        for settings in (cfg, steep)
+    )
+    random = torch.Generator().manual_seed(5)
+    slopes = sum(judge.steepness(volume(seed), lambda shape: torch.randn(shape, generator=random))[1] for seed in (0, 1))
+    torch.testing.assert_close(found - plain, 2.0 * slopes, rtol=0.02, atol=1e-4)
 
 
 # --- a downloaded perceptual loss

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ctvae import haar
@@ -65,16 +66,26 @@ def _detail(x: Tensor, levels: int) -> Tensor:
 def judging(real: Tensor, fake: Tensor, kind: str) -> Tensor:
     """What a discriminator minimises, of its logits. hinge: real ones above 1, decoded ones below -1 (Lim and Ye 2017).
 
-    lsgan: real ones at 1, decoded ones at 0, in squares (Mao et al. 2017, equation 9).
+    lsgan: real ones at 1, decoded ones at 0, in squares (Mao et al. 2017, equation 9). relativistic: each real one above a
+    decoded one that it is paired with (Jolicoeur-Martineau 2018); decoded ones [n B ...] are n to each of the real ones [B ...].
     """
+    if kind == "relativistic":
+        return F.softplus(fake - _beside(fake, real)).mean()
     if kind == "lsgan":
         return 0.5 * ((real - 1).square().mean() + fake.square().mean())
     return (1 - real).relu().mean() + (1 + fake).relu().mean()
 
 
-def deceiving(fake: Tensor, kind: str) -> Tensor:
+def deceiving(real: Tensor, fake: Tensor, kind: str) -> Tensor:
     """What a decoder minimises, of the logits of what it decoded: the other side of `judging`."""
+    if kind == "relativistic":
+        return F.softplus(_beside(fake, real) - fake).mean()
     return 0.5 * (fake - 1).square().mean() if kind == "lsgan" else -fake.mean()
+
+
+def _beside(fake: Tensor, real: Tensor) -> Tensor:
+    """Real logits [B ...] once for each of the decoded ones [n B ...]."""
+    return real.repeat(len(fake) // len(real), *[1] * (real.ndim - 1))
 
 
 def feature_matching(real: list[Tensor], fake: list[Tensor], average: Callable[[Tensor], Tensor] = lambda size: size) -> Tensor:

@@ -32,7 +32,7 @@ from ctvae.planning.workspace import Kernels
 from ctvae.training.autoencoder import VALIDATION_GROUPS, Objective, Reconstruction
 from ctvae.training.finish import FinishedPair, FinishObjective
 from ctvae.training.optimizer import Muon, build_optimizer
-from ctvae.training.polish import DecoderObjective, DiscriminatorObjective, Pair, build_judge
+from ctvae.training.polish import DecoderObjective, DiscriminatorObjective, Pair, build_judge, build_player
 from ctvae.training.prior import Conditioning, FlowObjective, build_velocity, fit_wiener, flow_batches
 
 Builder = Callable[[Model, Size3], Autoencoder]
@@ -121,7 +121,7 @@ def training(cfg: Config, kernels: Kernels, make: Builder = build) -> TrainingCo
     if cfg.polish.enabled:
         phases["polish"] = polish(cfg, kernels)
     if cfg.finish.enabled:
-        # Two patches of its own take about as much as three of the polish: where it has no more, that is counted once.
+        # Two patches of its own take no more than three of the polish: where it has no more, that is counted once.
         alike = step_shape(cfg, "finish") == step_shape(cfg, "polish") and cfg.finish.precision == cfg.polish.precision
         within = cfg.polish.enabled and alike and 2 * cfg.finish.batch < cfg.polish.batch
         phases["finish"] = phases["polish"] if within else finish(cfg, kernels)
@@ -163,7 +163,7 @@ def _decoder_against_a_judge(
         pair = make_pair(network.decoder, PatchDiscriminator(settings.discriminator_width, soft))
         to_channels_last(pair)
         ema = EMA(pair, settings.ema_decay)
-        optimizers = [build_optimizer(pair.decoder, settings), build_judge(pair.discriminator, settings)]
+        optimizers = [build_player(pair.decoder, settings), build_judge(pair.discriminator, settings)]
         for part, optimizer in zip((pair.decoder, pair.discriminator), optimizers, strict=True):
             _step_on_zeros(part, optimizer)
             if settings.accumulate == 1:
@@ -175,7 +175,7 @@ def _decoder_against_a_judge(
             y, terms = draw(network, pair, x)
             torch.stack(list(terms.values())).sum().backward()
             pair.discriminator.requires_grad_(True)
-            DiscriminatorObjective(pair.discriminator, settings.adversarial)(x, y.detach()).backward()
+            DiscriminatorObjective(pair.discriminator, settings)(x, y.detach(), torch.Generator()).backward()
         nn.utils.clip_grad_norm_(pair.decoder.parameters(), settings.max_grad_norm)
         for optimizer in optimizers:
             optimizer.step()

@@ -31,9 +31,8 @@ from ctvae.training.drawn import DrawnLatents
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.moments import Moments
-from ctvae.training.optimizer import build_optimizer
 from ctvae.training.perceptual import PerceptualTerm, perceptual_term
-from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, gradient_norm, noisy_latents
+from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, build_player, gradient_norm, noisy_latents
 from ctvae.training.tally import Tally
 
 DRAWING = 0.3  # of the stage's minutes at most
@@ -67,9 +66,9 @@ class FinishObjective(nn.Module):
         again, made = y.chunk(2)
         logits, fake = pair.discriminator(y)
         with torch.no_grad():
-            _, real = pair.discriminator(x)
+            judged, real = pair.discriminator(x)
         terms = {
-            "adversarial": cfg.adversarial_weight * losses.deceiving(logits.float(), cfg.adversarial),
+            "adversarial": cfg.adversarial_weight * losses.deceiving(judged.float(), logits.float(), cfg.adversarial),
             "features": cfg.feature_weight * losses.feature_matching(real, [f[: len(x)] for f in fake], self.ranks.mean).float(),
             "moments": cfg.moments_weight * (pair.reconstructed(again, x) + pair.drawn(made, x)) / 2,
         }
@@ -97,7 +96,7 @@ def finish_decoder(
     for module in (network, pair):
         place(module, fabric.device)
     ema = EMA(pair, settings.ema_decay)
-    optimizer = build_optimizer(network.decoder, settings)
+    optimizer = build_player(network.decoder, settings)
     judge = build_judge(pair.discriminator, settings)
     checkpoints = run.checkpoints("finish")
     meta = checkpoints.resume(pair, ema, optimizer, judge)
@@ -109,7 +108,7 @@ def finish_decoder(
     perceptual = perceptual_term(settings.perceptual)
     draw, fabric_optimizer = fabric.setup(FinishObjective(network, pair, cfg, ranks, perceptual), optimizer)
     pair.discriminator.requires_grad_(True)
-    tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator, settings.adversarial, ranks), judge)
+    tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator, settings, ranks), judge)
     tally = Tally(settings, ranks, meta)
     step, logged, held_out = start, start, HeldOut()
 
@@ -156,7 +155,7 @@ def finish_decoder(
                 y, terms = draw(x, drawn, generator(cfg.seed + 3, part))
                 fabric.backward(sum(terms.values()) / settings.accumulate)
                 pair.discriminator.requires_grad_(True)
-                terms["discriminator"] = tell(x, y.detach())
+                terms["discriminator"] = tell(x, y.detach(), generator(cfg.seed + 3, part, stream=43))
                 fabric.backward(terms["discriminator"] / settings.accumulate)
                 for name, value in terms.items():
                     losses_of_step[name] = losses_of_step.get(name, 0.0) + value.detach().float() / settings.accumulate

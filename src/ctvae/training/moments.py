@@ -74,8 +74,8 @@ class Moments(nn.Module):
 def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     """Of patches x [B 1 D H W]: [K].
 
-    How often BINS values from -1 to 1 occur, but those of air; size of the detail bands of two Haar levels, of the whole range
-    and of the soft tissue window; mean |difference| of neighbours at LAGS along D, H, W where both lie in it, in its widths.
+    How often values below each of BINS from -1 to 1 occur, air aside; size of the detail bands of two Haar levels, of the whole
+    range and of the soft tissue window; mean |difference| of neighbours at LAGS along D, H, W, both in it, in its widths.
     Air counts for nothing: how much of a patch is air is a matter of where it lies, and nothing is to be gained by ripples in it.
     """
     d, h, w = (size // 4 * 4 for size in x.shape[2:])
@@ -87,12 +87,15 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
 
 
 def _shares(x: Tensor, inside: Tensor) -> Tensor:
-    """A histogram that gradients pass: each value is shared by its two nearest bins in proportion."""
+    """A cumulative histogram that gradients pass: each value is shared by its two nearest bins in proportion.
+
+    Cumulative, as values that are too frequent over a wide range then know which way to go, and not at its ends alone.
+    """
     place = (x.flatten() + 1) * (BINS - 1) / 2
     below = place.detach().nan_to_num(0.0).floor().clamp(0, BINS - 2)  # NaN has no bin, and stays NaN in its share
     above = place - below  # share of the upper bin
     counts = x.new_zeros(BINS).index_add(0, below.long(), 1 - above).index_add(0, below.long() + 1, above)
-    return counts[AIR_BINS:] / _size(inside)
+    return counts[AIR_BINS:].cumsum(0) / _size(inside)
 
 
 def _steps(x: Tensor, low: float, high: float) -> Tensor:

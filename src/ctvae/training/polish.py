@@ -33,6 +33,8 @@ from ctvae.training.optimizer import build_optimizer
 from ctvae.training.perceptual import PerceptualTerm, perceptual_term
 from ctvae.training.tally import Tally
 
+SQUARES = 0.99  # decay of Adam's second moments
+
 
 class Pair(nn.Module):
     """What is saved and resumed together."""
@@ -61,9 +63,9 @@ class DecoderObjective(nn.Module):
         y = self.network.decode(noisy_latents(self.network, x, self.cfg.latent_noise, random, self.ranks)).float()
         logits, fake = self.discriminator(y)
         with torch.no_grad():
-            _, real = self.discriminator(x)
+            judged, real = self.discriminator(x)
         terms = {
-            "adversarial": self.cfg.adversarial_weight * losses.deceiving(logits.float(), self.cfg.adversarial),
+            "adversarial": self.cfg.adversarial_weight * losses.deceiving(judged.float(), logits.float(), self.cfg.adversarial),
             "features": self.cfg.feature_weight * losses.feature_matching(real, fake, self.ranks.mean).float(),
         }
         if self.perceptual is not None:
@@ -72,13 +74,19 @@ class DecoderObjective(nn.Module):
 
 
 class DiscriminatorObjective(nn.Module):
-    def __init__(self, discriminator: PatchDiscriminator, kind: str, ranks: Ranks = ALONE):
-        super().__init__()
-        self.discriminator, self.kind, self.ranks = discriminator, kind, ranks
+    """The discriminator's loss, with a penalty on its slopes at real and at decoded patches (Huang et al. 2024)."""
 
-    def forward(self, real: Tensor, fake: Tensor) -> Tensor:  # [B 1 D H W] each
-        self.discriminator.observe(real, self.ranks.mean)
-        return losses.judging(self.discriminator(real)[0].float(), self.discriminator(fake)[0].float(), self.kind)
+    def __init__(self, discriminator: PatchDiscriminator, cfg: Sharpening, ranks: Ranks = ALONE):
+        super().__init__()
+        self.discriminator, self.cfg, self.ranks = discriminator, cfg, ranks
+
+    def forward(self, real: Tensor, fake: Tensor, random: torch.Generator) -> Tensor:  # [B 1 D H W] and [n B 1 D H W]
+        judge = self.discriminator
+        judge.observe(real, self.ranks.mean)
+        if not self.cfg.slope_penalty:
+            return losses.judging(judge(real)[0].float(), judge(fake)[0].float(), self.cfg.adversarial)
+        (a, slope), (b, other) = (judge.steepness(x, lambda shape: self.ranks.normal(shape, random)) for x in (real, fake))
+        return losses.judging(a, b, self.cfg.adversarial) + self.cfg.slope_penalty / 2 * (slope + other)
 
 
 def noisy_latents(network: Autoencoder, x: Tensor, noise: float, random: torch.Generator, ranks: Ranks = ALONE) -> Tensor:
@@ -95,7 +103,14 @@ def gradient_norm(network: nn.Module) -> Tensor:
 
 
 def build_judge(discriminator: nn.Module, settings: Sharpening) -> torch.optim.Adam:
-    return torch.optim.Adam(discriminator.parameters(), lr=settings.discriminator_lr, betas=(0.5, 0.9))
+    return torch.optim.Adam(discriminator.parameters(), lr=settings.discriminator_lr, betas=(settings.momentum, SQUARES))
+
+
+def build_player(decoder: nn.Module, settings: Sharpening) -> torch.optim.Optimizer:
+    """The decoder's. Momentum makes a game of two go round in circles (Gidel et al. 2019)."""
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(decoder.parameters(), lr=settings.lr, betas=(settings.momentum, SQUARES))
+    return build_optimizer(decoder, settings)
 
 
 def polish_decoder(
@@ -116,7 +131,7 @@ def polish_decoder(
     for module in (network, pair.discriminator):
         place(module, fabric.device)
     ema = EMA(pair, settings.ema_decay)
-    optimizer = build_optimizer(network.decoder, settings)
+    optimizer = build_player(network.decoder, settings)
     judge = build_judge(pair.discriminator, settings)
     checkpoints = run.checkpoints("polish")
     meta = checkpoints.resume(pair, ema, optimizer, judge)
@@ -127,7 +142,7 @@ def polish_decoder(
     perceptual = perceptual_term(settings.perceptual)
     draw, fabric_optimizer = fabric.setup(DecoderObjective(network, pair.discriminator, cfg, ranks, perceptual), optimizer)
     pair.discriminator.requires_grad_(True)
-    tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator, settings.adversarial, ranks), judge)
+    tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator, settings, ranks), judge)
     best = Best(run.folder / "checkpoints" / "polish-best.safetensors")
     tally = Tally(settings, ranks, meta)
     step, logged, held_out = start, start, HeldOut()
@@ -174,7 +189,7 @@ def polish_decoder(
                 y, terms = draw(x, generator(cfg.seed + 1, part))
                 fabric.backward(sum(terms.values()) / settings.accumulate)
                 pair.discriminator.requires_grad_(True)
-                terms["discriminator"] = tell(x, y.detach())
+                terms["discriminator"] = tell(x, y.detach(), generator(cfg.seed + 1, part, stream=43))
                 fabric.backward(terms["discriminator"] / settings.accumulate)
                 for name, value in terms.items():
                     losses_of_step[name] = losses_of_step.get(name, 0.0) + value.detach().float() / settings.accumulate
