@@ -123,6 +123,7 @@ class Variant:
         return network
 
 
+QUARTER = ("model.strides=[[2,2,2],[2,2,2]]", "model.latent_channels=4")
 VARIANTS = [
     Variant("as is"),
     Variant("stem: strided", change=strided(slice(0, 1))),
@@ -134,10 +135,9 @@ VARIANTS = [
     Variant("blocks 1 3 3", ("model.blocks=[1,3,3]",)),
     Variant("norm: groups", change=norm(lambda channels: nn.GroupNorm(GROUPS, channels))),
     Variant("norm: none", change=norm(lambda _: nn.Identity())),
-    Variant(
-        "latents 4 of 4x4x4",
-        ("model.strides=[[2,2,2],[2,2,2]]", "model.widths=[32,128]", "model.blocks=[1,2]", "model.latent_channels=4"),
-    ),
+    Variant("latents 4 of 4x4x4", (*QUARTER, "model.widths=[32,128]", "model.blocks=[1,2]")),
+    Variant("latents 4 of 4x4x4, wider", (*QUARTER, "model.widths=[48,192]", "model.blocks=[1,2]")),
+    Variant("latents 4 of 4x4x4, deeper", (*QUARTER, "model.widths=[32,128]", "model.blocks=[2,4]")),
     Variant("convolutions (2+1)D", change=separable),
     Variant("torch.compile", ("autoencoder.compile=true",)),
 ]
