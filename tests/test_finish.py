@@ -10,6 +10,8 @@ from ctvae.checkpoint import Checkpoints, load
 from ctvae.config import load_config, load_recipe, with_overrides
 from ctvae.errors import ConfigError, ModelError
 from ctvae.generate import load as load_model
+from ctvae.models import build
+from ctvae.models.discriminator import PatchDiscriminator
 from ctvae.training import finish
 from ctvae.training.drawn import SEED, DrawnLatents
 from ctvae.training.train import train
@@ -104,6 +106,37 @@ def test_crops_lie_where_the_body_is(tiny_run, tmp_path):
     often = torch.bincount(found.long(), minlength=16) / len(found)
     assert often[0].item() == pytest.approx(0.9 * 0.75 + 0.1 / 16, abs=0.03)
     assert often[15].item() == pytest.approx(0.9 * 0.25 + 0.1 / 16, abs=0.03)
+
+
+def test_coarse_differences_do_not_see_texture_but_speckle_in_air():
+    random = torch.Generator().manual_seed(0)
+    soft = 0.04 + 0.03 * torch.randn(1, 1, 16, 16, 16, generator=random)
+    other = 0.04 + 0.03 * torch.randn(1, 1, 16, 16, 16, generator=random)
+    assert finish.coarse_difference(soft, other) < 0.2 * (soft - other).abs().mean()
+    air, speckle = torch.full_like(soft, -1.0), -1 + 0.3 * torch.randn(soft.shape, generator=random)
+    exact = (speckle.clamp(-1, 1) + 1).mean()  # half of the speckle lies below what air can be
+    torch.testing.assert_close(finish.coarse_difference(speckle, air), exact)
+    shallow = finish.coarse_difference(soft[..., :2, :, :], soft[..., :2, :, :] + 0.1)
+    torch.testing.assert_close(shallow, torch.tensor(0.1))
+
+
+def test_drawn_patches_are_held_to_what_they_were(tiny_run):
+    """The decoder as it was when the objective was made, whatever the one that learns has become."""
+    cfg = load_config(tiny_run / "config.yaml")
+    torch.manual_seed(0)
+    network = build(cfg.model, cfg.data.shape)
+    pair = finish.FinishedPair(network.decoder, PatchDiscriminator(4, (-0.2, 0.2)), (-0.2, 0.2))
+    objective = finish.FinishObjective(network, pair, cfg)
+    x, drawn = torch.zeros(1, 1, *cfg.data.shape), torch.randn(1, *network.latent_shape)
+    _, terms = objective(x, drawn, torch.Generator().manual_seed(1))
+    assert terms["anchor"] < 1e-6
+    before = network.decode(drawn).detach()
+    with torch.no_grad():
+        for parameter in network.decoder.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape)
+    y, terms = objective(x, drawn, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(terms["anchor"], finish.coarse_difference(y[1:], before))
+    assert not any(p.requires_grad for p in objective.before.parameters())
 
 
 def test_it_needs_a_prior(tiny_dataset, tiny_settings, tmp_path):

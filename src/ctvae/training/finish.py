@@ -3,7 +3,8 @@
 Until here the decoder has seen latents of real scans alone. A prior's samples are a little off, and what comes of them is softer,
 or has texture that no scan has. Here half of each batch is patches of real scans, reconstructed, and half is patches of latents
 that the flow drew, of which no original exists. The former are held to their originals (`polish.py`'s losses); both are held to
-real patches by a patch discriminator and by the means of simple statistics (`moments.py`).
+real patches by a patch discriminator and by the means of simple statistics (`moments.py`). Of drawn patches, what is coarser than
+texture is held to what the decoder made of them before the stage, or it would learn to put tissue into air.
 
 Shapes:  B batch   D H W voxels   Z latent channels   d h w latent voxels
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctvae import losses
@@ -22,7 +24,7 @@ from ctvae.device import generator, make_fabric, place
 from ctvae.model import Model
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.discriminator import PatchDiscriminator
-from ctvae.models.wavelet3d import Wavelet3DVAE
+from ctvae.models.wavelet3d import Decoder, Wavelet3DVAE
 from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks
 from ctvae.runlog import Clock, Curve, Run
@@ -35,6 +37,7 @@ from ctvae.training.perceptual import PerceptualTerm, perceptual_term
 from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, build_player, gradient_norm, noisy_latents
 from ctvae.training.tally import Tally
 
+COARSE = 4  # voxels
 DRAWING = 0.3  # of the stage's minutes at most
 
 
@@ -55,6 +58,9 @@ class FinishObjective(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.network, self.pair, self.cfg, self.ranks = network, pair, cfg.finish, ranks
+        assert isinstance(network, Wavelet3DVAE)
+        self.before = Decoder(network.cfg).requires_grad_(False)
+        self.before.load_state_dict(network.decoder.state_dict())
         self.perceptual = perceptual
         self.reconstruction = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
 
@@ -72,9 +78,22 @@ class FinishObjective(nn.Module):
             "features": cfg.feature_weight * losses.feature_matching(real, [f[: len(x)] for f in fake], self.ranks.mean).float(),
             "moments": cfg.moments_weight * (pair.reconstructed(again, x) + pair.drawn(made, x)) / 2,
         }
+        if cfg.anchor_weight:
+            with torch.no_grad():
+                before = self.before(drawn.to(encoded.dtype))
+            terms["anchor"] = cfg.anchor_weight * coarse_difference(made, before)
         if self.perceptual is not None:
             terms["perceptual"] = cfg.perceptual_weight * self.perceptual(again, x, random)
         return y, {**self.reconstruction(again, x), **terms}
+
+
+def coarse_difference(a: Tensor, b: Tensor) -> Tensor:
+    """Mean |difference| of the means of COARSE voxels along each axis, values clipped to -1..1: [B 1 D H W] each.
+
+    Texture has none to speak of; speckle in air has, as there is nothing below -1 that would make up for it.
+    """
+    kernel = tuple(min(COARSE, size) for size in a.shape[2:])
+    return (F.avg_pool3d(a.clamp(-1, 1), kernel) - F.avg_pool3d(b.clamp(-1, 1), kernel)).abs().mean()
 
 
 def finish_decoder(
@@ -98,6 +117,9 @@ def finish_decoder(
     ema = EMA(pair, settings.ema_decay)
     optimizer = build_player(network.decoder, settings)
     judge = build_judge(pair.discriminator, settings)
+    perceptual = perceptual_term(settings.perceptual)
+    objective = FinishObjective(network, pair, cfg, ranks, perceptual)  # holds the decoder as it is before any step
+    place(objective.before, fabric.device)
     checkpoints = run.checkpoints("finish")
     meta = checkpoints.resume(pair, ema, optimizer, judge)
     start = ranks.agreed(int(meta["step"]))
@@ -105,8 +127,7 @@ def finish_decoder(
     samples.draw(Model(run.folder), math.inf if settings.minutes is None else 60 * settings.minutes * DRAWING)
     curve = Curve(run, "finish", start)
     pair.discriminator.requires_grad_(False)  # processes exchange the gradients of what learns in each
-    perceptual = perceptual_term(settings.perceptual)
-    draw, fabric_optimizer = fabric.setup(FinishObjective(network, pair, cfg, ranks, perceptual), optimizer)
+    draw, fabric_optimizer = fabric.setup(objective, optimizer)
     pair.discriminator.requires_grad_(True)
     tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator, settings, ranks), judge)
     tally = Tally(settings, ranks, meta)
