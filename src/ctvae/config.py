@@ -199,6 +199,7 @@ class Sharpening(Training):
     steps: Steps = 2000
     optimizer: Literal["muon", "adam"] = "adam"
     lr: Positive = 5e-5
+    warmup: int = Field(150, ge=1, description="steps of linear warm-up; Adam's first ones go each way with full force")
     patch: Sides | Literal["whole"] | None = Field(None, description="random crop per step, or `whole` groups; none: data.patch")
     adversarial: Literal["hinge", "lsgan", "relativistic"] = Field("relativistic", description="the loss on its logits")
     adversarial_weight: float = Field(0.1, ge=0)
