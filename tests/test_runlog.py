@@ -115,6 +115,11 @@ def test_warm_up_then_half_a_cosine():
     assert rates[100] == pytest.approx(0.1 * 0.01)
 
 
+def test_few_minutes_are_not_spent_on_warming_up():
+    clock = Clock(Training(lr=0.1, warmup=1000, decay="none"), steps=10_000, minutes=1.0)
+    assert [clock.lr(7, progress) for progress in (0.0, 0.05, 0.1, 0.5)] == pytest.approx([0.0008, 0.05, 0.1, 0.1])
+
+
 def test_without_decay_the_rate_stays():
     clock = Clock(Training(lr=0.1, warmup=2, decay="none"), steps=10, minutes=None)
     assert [clock.lr(step, clock.progress(step)) for step in range(10)] == pytest.approx([0.05] + [0.1] * 9)

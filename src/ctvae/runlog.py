@@ -27,6 +27,7 @@ from ctvae.ranks import ALONE, Ranks, is_first
 from ctvae.version import __version__
 
 MOST_STATE_BYTES = 2**24
+WARM_SHARE = 0.1  # of the minutes, for warming up
 MEMORY_SETTINGS = {  # a plan for less or more memory changes these; the network's weights stay what they are
     "model": ("checkpointing",),
     "data": ("patch", "tile"),
@@ -147,8 +148,9 @@ class Clock:
         return left if self.minutes is None else max(0.0, min(left, 60 * self.minutes - self.seconds))
 
     def lr(self, step: int, progress: float) -> float:
-        """Linear warm-up, then a cosine to 1 % of the peak (Loshchilov and Hutter 2017)."""
-        warm = min(1.0, (step + 1) / self.cfg.warmup)
+        """Linear warm-up, over a tenth of the minutes at most, then a cosine to 1 % of the peak (Loshchilov and Hutter 2017)."""
+        shortly = 0.0 if self.minutes is None else progress / WARM_SHARE
+        warm = min(1.0, max((step + 1) / self.cfg.warmup, shortly))
         cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)) if self.cfg.decay == "cosine" else 1.0
         return self.cfg.lr * warm * cosine
 
