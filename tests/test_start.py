@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ctvae.checkpoint import load
+from ctvae.checkpoint import load, save
 from ctvae.config import load_config
 from ctvae.errors import ConfigError, ModelError
 from ctvae.generate import generate
@@ -77,8 +77,23 @@ def test_a_deeper_decoder_begins_as_the_one_it_began_from(tiny_dataset, tiny_run
     np.testing.assert_array_equal(ours.decode(latent), theirs.decode(latent))
     sharper = train(tiny_dataset, tmp_path / "on", stage="autoencoder", overrides=[*QUICK, deeper], start=tiny_run)
     assert len(tensors(sharper)) == len(tensors(run))
-    with pytest.raises(ModelError, match="weights do not fit"):
-        train(tiny_dataset, tmp_path / "less", stage="prior", overrides=[*QUICK, "model.decoder_blocks=[0,0]"], start=tiny_run)
+
+
+@pytest.mark.parametrize("blocks", ["[0,0]", "[3]", "[3,0]", "deep"])
+def test_a_decoder_is_not_shallower_than_its_weights(tiny_dataset, tiny_run, tmp_path, blocks):
+    with pytest.raises(ConfigError, match=r"model.decoder_blocks=.*: the weights to start from have \[1, 1\]; as many or more"):
+        train(tiny_dataset, tmp_path / "less", overrides=[*QUICK, f"model.decoder_blocks={blocks}"], start=tiny_run)
+    assert not (tmp_path / "less").exists()
+
+
+def test_weights_that_are_missing_are_not_made_up(tiny_dataset, tiny_run, tmp_path):
+    """A damaged model to begin from: of a deeper decoder the blocks besides are new, and no others."""
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_run, broken)
+    held, meta = load(broken / "autoencoder.safetensors")
+    save(broken / "autoencoder.safetensors", {k: v for k, v in held.items() if not k.startswith("decoder.levels.0.0.")}, meta)
+    with pytest.raises(ModelError, match=r"weights do not fit config.yaml \(decoder.levels.0.0"):
+        train(tiny_dataset, tmp_path / "run", stage="prior", overrides=[*QUICK, "model.decoder_blocks=[3,2]"], start=broken)
 
 
 def test_sizes_are_the_weights(tiny_dataset, tiny_run, tmp_path):

@@ -201,7 +201,7 @@ class Sharpening(Training):
     lr: Positive = 5e-5
     warmup: int = Field(150, ge=1, description="steps of linear warm-up; Adam's first ones go each way with full force")
     patch: Sides | Literal["whole"] | None = Field(None, description="random crop per step, or `whole` groups; none: data.patch")
-    adversarial: Literal["hinge", "lsgan", "relativistic"] = Field("relativistic", description="the loss on its logits")
+    adversarial: Literal["hinge", "lsgan", "relativistic"] = Field("relativistic", description="loss on logits")
     adversarial_weight: float = Field(0.1, ge=0)
     feature_weight: float = Field(0.05, ge=0, description="on the discriminator's features of what is reconstructed")
     perceptual: Perceptual = Field("none", description="MONAI's pretrained loss besides; its network is downloaded")

@@ -121,10 +121,7 @@ def training(cfg: Config, kernels: Kernels, make: Builder = build) -> TrainingCo
     if cfg.polish.enabled:
         phases["polish"] = polish(cfg, kernels)
     if cfg.finish.enabled:
-        # Two patches of its own take no more than three of the polish: where it has no more, that is counted once.
-        alike = step_shape(cfg, "finish") == step_shape(cfg, "polish") and cfg.finish.precision == cfg.polish.precision
-        within = cfg.polish.enabled and alike and 2 * cfg.finish.batch < cfg.polish.batch
-        phases["finish"] = phases["polish"] if within else finish(cfg, kernels)
+        phases["finish"] = finish(cfg, kernels)
     return replace(cost, phases=phases)
 
 

@@ -26,6 +26,7 @@ from ctvae.conditions import BEFORE_NAMES
 from ctvae.config import Config, load_config
 from ctvae.errors import ConfigError, ModelError
 from ctvae.models import build
+from ctvae.models.wavelet3d import Wavelet3DVAE
 from ctvae.runlog import Run
 
 AUTOENCODER, FLOW, NORMAL = "autoencoder.safetensors", "prior-flow.safetensors", "prior-normal.safetensors"
@@ -52,12 +53,24 @@ def settings_of(model: Path, pinned: Sequence[str]) -> tuple[str, list[str]]:
     for section, names in WEIGHTS_DECIDE.items():
         for name in names or tree[section]:
             key, value = f"{section}.{name}", tree[section][name]
-            if name in NOT_OF_THE_WEIGHTS or name == "kind" or (key == DEEPER and key in given):
+            if name in NOT_OF_THE_WEIGHTS or name == "kind":
+                continue
+            if key == DEEPER and key in given:
+                _refuse_shallower(cfg.model, given[key])
                 continue
             if key in given and files.parsed_yaml(given[key]) != value:
                 raise ConfigError(f"{key}={given[key]}: the weights to start from have {value}; leave it out, or --from")
             overrides.append(f"{key}={'null' if value is None else value}")
     return cfg.method, overrides
+
+
+def _refuse_shallower(model: Any, given: str) -> None:
+    """Raises ConfigError where the decoder asked for has fewer blocks somewhere than the weights of `model`."""
+    asked, held = files.parsed_yaml(given), list(model.decoding_blocks)
+    asked = list(model.blocks) if asked is None else asked
+    as_many = isinstance(asked, list) and len(asked) == len(held) and all(isinstance(number, int) for number in asked)
+    if not as_many or any(a < b for a, b in zip(asked, held, strict=True)):
+        raise ConfigError(f"{DEEPER}={given}: the weights to start from have {held}; as many or more, or leave out --from")
 
 
 def begin(run: Run, model: Path) -> None:
@@ -84,7 +97,7 @@ def load_network(run: Run, network: nn.Module) -> None:
     """Gives a new autoencoder the weights to start from, if the run has any. Raises ModelError where they do not fit."""
     if started(run):
         tensors, _ = load(run.folder / "from" / AUTOENCODER)
-        tensors = _deepened(tensors, network)
+        tensors = _deepened(tensors, network, run)
         network.load_state_dict(built(lambda: network, tensors, run.folder / "from").state_dict())
 
 
@@ -100,17 +113,24 @@ def take_autoencoder(run: Run, cfg: Config, stage: str) -> None:
     shape = cfg.data.shape
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(cfg.seed)
-        tensors = _deepened(tensors, build(cfg.model, shape))
+        tensors = _deepened(tensors, build(cfg.model, shape), run)
     network = built(lambda: build(cfg.model, shape), tensors, run.folder / "from")
     meta = {**meta, "config": cfg.model_dump(mode="json"), "shape": shape}
     save(run.folder / AUTOENCODER, network.state_dict(), meta)
     run.finish_stage("autoencoder", taken_from=run.state["from"])
 
 
-def _deepened(tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """With the blocks that a deeper decoder has besides; as they begin, they change nothing."""
-    new = {name: value for name, value in network.state_dict().items() if name.startswith("decoder.levels.")}
-    return {**new, **tensors}
+def _deepened(tensors: dict[str, Tensor], network: nn.Module, run: Run) -> dict[str, Tensor]:
+    """With the blocks that the decoder of `network` has besides those it begins from; as they begin, they change nothing."""
+    if not isinstance(network, Wavelet3DVAE):
+        return tensors
+    model: Any = load_config(run.folder / "from" / "config.yaml").model
+    new: dict[str, Tensor] = {}
+    for level, blocks in enumerate(model.decoding_blocks[::-1]):  # the decoder's levels are from coarse to fine
+        for block in range(blocks, len(network.decoder.levels[level])):  # type: ignore[arg-type]
+            name = f"decoder.levels.{level}.{block}."
+            new |= {key: value for key, value in network.state_dict().items() if key.startswith(name)}
+    return {**tensors, **new}
 
 
 def load_flow(run: Run, network: nn.Module, names: Sequence[str]) -> bool:
