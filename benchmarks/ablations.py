@@ -152,8 +152,10 @@ class Bench:
         self.cfg = load_recipe("wavelet3d", ["polish.enabled=false", *arguments.settings])
         data = Dataset.open(Path(arguments.dataset))
         shape = training_shape(data, self.cfg)
-        splits = ("train", "validation")
-        self.training, self.held_out = (TrainingGroups(data, data.groups(split), self.cfg.data, shape) for split in splits)
+        moved = [group for group in data.groups("train") if group.patient in arguments.held_out]
+        training = [group for group in data.groups("train") if group not in moved]
+        splits = training, [*data.groups("validation"), *moved]
+        self.training, self.held_out = (TrainingGroups(data, groups, self.cfg.data, shape) for groups in splits)
 
     def row(self, variant: Variant) -> dict:
         """A variant's figures, from the folder if it was measured before."""
@@ -218,6 +220,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="variants whose name has this in it")
     parser.add_argument("--size", type=int, nargs=3, default=(64, 256, 256), metavar=("D", "H", "W"), help="of the memory column")
     parser.add_argument("--crop", type=int, nargs=3, default=(64, 128, 128), metavar=("D", "H", "W"))
+    parser.add_argument("--held-out", nargs="+", default=[], metavar="PATIENT", help="of the training split, to judge by instead")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="of every variant")
     arguments = parser.parse_args()
     bench = Bench(arguments)
