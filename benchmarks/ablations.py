@@ -136,6 +136,7 @@ VARIANTS = [
     Variant("norm: groups", change=norm(lambda channels: nn.GroupNorm(GROUPS, channels))),
     Variant("norm: none", change=norm(lambda _: nn.Identity())),
     Variant("latents 4 of 4x4x4", (*QUARTER, "model.widths=[32,128]", "model.blocks=[1,2]")),
+    Variant("latents 4 of 4x4x4, strided", (*QUARTER, "model.widths=[32,128]", "model.blocks=[1,2]"), strided(slice(1, None))),
     Variant("latents 4 of 4x4x4, wider", (*QUARTER, "model.widths=[48,192]", "model.blocks=[1,2]")),
     Variant("latents 4 of 4x4x4, deeper", (*QUARTER, "model.widths=[32,128]", "model.blocks=[2,4]")),
     Variant("convolutions (2+1)D", change=separable),

@@ -104,6 +104,7 @@ class Wavelet3D(Section):
     blocks: Blocks = Field((1, 2, 2), description="residual blocks after each Haar step")
     decoder_blocks: Blocks | None = Field(None, description="the decoder's, fine to coarse; none: as many as `blocks`")
     latent_channels: int = Field(32, ge=1, le=1024, description="channels of the latent volume")
+    strided: bool = Field(False, description="below the first level strided convolutions in place of Haar steps")
     checkpointing: bool = Field(False, description="recompute each block in the backward pass: less memory, more time")
 
     @property
@@ -244,6 +245,7 @@ class Prior(Training):
     ema_decay: Share = 0.998
     widths: Widths = Field((96, 160, 192), description="channels of the U-Net per resolution, fine to coarse")
     blocks: int = Field(2, ge=1, le=64, description="residual blocks per resolution, down and up")
+    fold: bool = Field(False, description="2x2x2 latent voxels are one of the U-Net's: an eighth of the work on fine latents")
     rank: int = Field(64, ge=0, le=4096, description="principal directions of the Gaussian that the flow starts from")
     mlp_width: int = Field(512, ge=8, le=8192, description="width of the MLP for vector latents")
     encodings: int = Field(2, ge=1, le=1024, description="stored per training group: the first as it is, others augmented")

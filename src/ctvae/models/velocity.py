@@ -9,16 +9,19 @@ through a scale, a shift and a gate on each block (Peebles and Xie 2023).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctvae import haar
 from ctvae.models.blocks import ChannelNorm, Conv
 from ctvae.wiener import WienerVelocity
 
 EMBEDDING = 256
+FOLD = (2, 2, 2)
 
 
 class Embedding(nn.Module):
@@ -112,10 +115,15 @@ class Velocity(nn.Module):
 
 
 class UNet(nn.Module):
-    """Sees where each voxel lies and, below the finest grid, all voxels at once."""
+    """Sees where each voxel lies and, below the finest grid, all voxels at once.
 
-    def __init__(self, channels: int, conditions: int, widths: tuple[int, ...], blocks: int):
+    With `fold` its finest grid is half as fine as the latents', whose 2x2x2 neighbours are then channels of one voxel.
+    """
+
+    def __init__(self, channels: int, conditions: int, widths: tuple[int, ...], blocks: int, fold: bool = False):
         super().__init__()
+        self.fold = fold
+        channels *= haar.bands(FOLD) if fold else 1
         self.embedding = Embedding(conditions)
         self.entry = Conv(2 * channels + 3, widths[0], kernel_size=3, padding=1)
         pairs = list(pairwise(widths))
@@ -130,6 +138,9 @@ class UNet(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B 2C d h w], [B], [B K]
+        return unfolded(self.at_its_grid(folded(x), t, c), x.shape[2:]) if self.fold else self.at_its_grid(x, t, c)
+
+    def at_its_grid(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B 2C d h w], [B], [B K]
         e = self.embedding(t, c)
         x = self.down[0](self.entry(torch.cat((x, coordinates(x)), dim=1)), e)
         skips = []
@@ -165,6 +176,18 @@ class VectorNet(nn.Module):
         for block in self.blocks:
             x = x + block(torch.cat((x, e), dim=1))
         return self.out(x)
+
+
+def folded(x: Tensor) -> Tensor:
+    """Orthonormal Haar bands of 2x2x2 neighbours: [B C d h w] -> [B 8C ceil(d/2) ceil(h/2) ceil(w/2)], edges repeated."""
+    d, h, w = (size % 2 for size in x.shape[2:])
+    return haar.forward(F.pad(x, (0, w, 0, h, 0, d), mode="replicate"), FOLD) * math.sqrt(haar.bands(FOLD))
+
+
+def unfolded(y: Tensor, size: Sequence[int]) -> Tensor:
+    """The inverse of `folded`, to d h w = `size`."""
+    d, h, w = size
+    return haar.inverse(y / math.sqrt(haar.bands(FOLD)), FOLD)[:, :, :d, :h, :w]
 
 
 def halved(x: Tensor) -> Tensor:

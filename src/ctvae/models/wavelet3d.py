@@ -25,15 +25,20 @@ INITIAL_LOGVAR = -6.0  # posteriors begin narrow: with sigma near 1 the first st
 
 
 class Encoder(nn.Module):
-    """Haar step, convolution, residual blocks, per level from fine to coarse."""
+    """Haar step, convolution, residual blocks, per level from fine to coarse.
+
+    With `strided` every level but the first has a strided convolution in place of both. It can become what they are, and learns
+    faster (benchmarks/results.md).
+    """
 
     def __init__(self, cfg: Wavelet3D):
         super().__init__()
-        self.strides = cfg.strides
+        self.strides = haar_steps(cfg)
         c_in, entries, levels = 1, [], []
-        for level, (stride, width, blocks) in enumerate(zip(cfg.strides, cfg.widths, cfg.blocks, strict=True)):
-            size = 3 if level == 0 else 1
-            entries.append(Conv(c_in * haar.bands(stride), width, size, padding=size // 2))
+        for stride, step, width, blocks in zip(cfg.strides, self.strides, cfg.widths, cfg.blocks, strict=True):
+            size = 3 if not levels else 1
+            entry = Conv(c_in * haar.bands(stride), width, size, padding=size // 2)
+            entries.append(entry if step == stride else Conv(c_in, width, stride, stride))
             levels.append(nn.ModuleList(ResBlock(width) for _ in range(blocks)))
             c_in = width
         self.entries = nn.ModuleList(entries)
@@ -59,14 +64,15 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg: Wavelet3D):
         super().__init__()
-        self.strides = cfg.strides[::-1]
+        self.strides = haar_steps(cfg)[::-1]
         widths, blocks = cfg.widths[::-1], cfg.decoding_blocks[::-1]
         self.entry = Conv(cfg.latent_channels, widths[0], kernel_size=3, padding=1)
         self.levels = nn.ModuleList(nn.ModuleList(ResBlock(w) for _ in range(n)) for w, n in zip(widths, blocks, strict=True))
         exits: list[nn.Module] = []
-        for width, finer, stride in zip(widths, (*widths[1:], 1), self.strides, strict=True):
+        for width, finer, stride, step in zip(widths, (*widths[1:], 1), cfg.strides[::-1], self.strides, strict=True):
             last = finer == 1 and len(exits) == len(widths) - 1
-            exits.append(Conv(width, finer * haar.bands(stride), 3 if last else 1, padding=1 if last else 0))
+            leave = Conv(width, finer * haar.bands(stride), 3 if last else 1, padding=1 if last else 0)
+            exits.append(leave if step == stride else nn.ConvTranspose3d(width, finer, stride, stride))
         self.exits = nn.ModuleList(exits)
 
     def forward(self, z: Tensor) -> Tensor:  # [B Z d h w]
@@ -76,6 +82,11 @@ class Decoder(nn.Module):
                 x = block(x)
             x = haar.inverse(leave(x), stride)  # doubles the axes whose step is 2
         return x.float()  # [B 1 D H W]
+
+
+def haar_steps(cfg: Wavelet3D) -> tuple[Size3, ...]:
+    """Of each level, fine to coarse; 1 1 1 where a strided convolution does the halving."""
+    return (cfg.strides[0], *[(1, 1, 1) for _ in cfg.strides[1:]]) if cfg.strided else cfg.strides
 
 
 class Wavelet3DVAE(Autoencoder):

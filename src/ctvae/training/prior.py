@@ -80,7 +80,7 @@ class FlowObjective(nn.Module):
 def build_velocity(cfg: Prior, latent_shape: tuple[int, ...], known: int, wiener: WienerVelocity) -> Velocity:
     """The flow's network for latents of `latent_shape`, [Z d h w] or [N Z], told `known` conditions."""
     if len(latent_shape) == 4:
-        return Velocity(UNet(latent_shape[0], known, cfg.widths, cfg.blocks), wiener)
+        return Velocity(UNet(latent_shape[0], known, cfg.widths, cfg.blocks, cfg.fold), wiener)
     return Velocity(VectorNet(math.prod(latent_shape), known, cfg.mlp_width, blocks=4), wiener)
 
 
