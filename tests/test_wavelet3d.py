@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ctvae import haar
 from ctvae.config import Wavelet3D
 from ctvae.models import build
 from ctvae.models.blocks import ChannelNorm, Conv, ResBlock
@@ -19,6 +20,9 @@ CONFIGS = {
         strides=((2, 2, 2),) * 2, widths=(4, 8), blocks=(1, 2), decoder_blocks=(3, 2), latent_channels=3
     ),
     "one level": Wavelet3D(strides=((2, 2, 1),), widths=(6,), blocks=(1,), latent_channels=2),
+    "strided": Wavelet3D(
+        strides=((2, 2, 2), (1, 2, 2), (2, 1, 2)), widths=(4, 8, 6), blocks=(1, 2, 1), latent_channels=3, strided=True
+    ),
 }
 
 
@@ -58,6 +62,34 @@ def test_the_latent_shape_is_said_beforehand():
 def test_a_size_off_the_grid_is_refused():
     with pytest.raises(ValueError, match="is not a multiple of 2"):
         build(CONFIGS["two levels"], (4, 4, 4)).encode(torch.zeros(1, 1, 4, 6, 4))
+
+
+@torch.no_grad()
+def test_strided_convolutions_can_be_what_haar_steps_and_convolutions_are():
+    cfg = CONFIGS["strided"]
+    torch.manual_seed(0)
+    plain, strided = (lively(build(cfg.model_copy(update={"strided": kind}), cfg.grid)) for kind in (False, True))
+    for steps, finer, entry, kernel in zip(
+        cfg.strides[1:], cfg.widths, plain.encoder.entries[1:], strided.encoder.entries[1:], strict=False
+    ):
+        taps = haar.bands(steps)
+        analysis = haar.forward(torch.eye(taps).view(taps, 1, *steps), steps).view(taps, taps)  # [tap band]
+        kernel.weight[:] = torch.einsum("obc,tb->oct", entry.weight.view(-1, taps, finer), analysis).view(kernel.weight.shape)
+        kernel.bias[:] = entry.bias
+    levels = zip(cfg.strides[:0:-1], cfg.widths[-2::-1], plain.decoder.exits, strided.decoder.exits, strict=False)
+    for steps, finer, leave, kernel in levels:
+        taps = haar.bands(steps)
+        synthesis = haar.inverse(torch.eye(taps).view(taps, taps, 1, 1, 1), steps).view(taps, taps)  # [band tap]
+        leave.bias[finer:] = 0  # a transposed convolution's is the same for all its taps
+        kernel.weight[:] = torch.einsum("bcw,bt->wct", leave.weight.view(taps, finer, -1), synthesis).view(kernel.weight.shape)
+        kernel.bias[:] = leave.bias[:finer]
+    same = {key: value for key, value in plain.state_dict().items() if value.shape == strided.state_dict()[key].shape}
+    levels_own = ("encoder.entries.1", "encoder.entries.2", "decoder.exits.0", "decoder.exits.1")
+    strided.load_state_dict({k: v for k, v in same.items() if not k.startswith(levels_own)}, strict=False)
+    x = noise(1, 1, *(2 * step for step in cfg.grid))
+    mean = plain.encode(x)[0]
+    torch.testing.assert_close(strided.encode(x)[0], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(strided.decode(mean), plain.decode(mean), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
