@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,16 @@ def test_the_file_is_plain_safetensors(tmp_path):
     with safe_open(tmp_path / "w.safetensors", framework="numpy") as file:
         assert file.get_tensor("a").tolist() == [1.0, 1.0]
         assert json.loads(file.metadata()["ctvae"]) == {"step": 1}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_weights_can_be_read_by_whom_other_files_can(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path):

@@ -75,8 +75,11 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Tensors of this process as safetensors, whole or not at all. Raises InputError where it cannot."""
     with atomic(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as any other file here: safetensors would let nobody else read it
         try:
             save_file(tensors, temporary, metadata)
+            temporary.chmod(mode)
         except SafetensorError as error:  # safetensors wraps the disk's own error
             raise OSError(str(error)) from error
 
