@@ -67,7 +67,7 @@ def test_an_augmented_groups_conditions_say_what_was_done():
     """Twice as large pixels are half as wide; the patient stays as wide."""
     told = dict(zip(OF_GROUP, of_group(group(0, 0), Change(degrees=5.0, zoom=2.0, rows=-3)), strict=True))
     assert {name: told[name] for name in ("pixel_mm", "width_mm", "slice_mm")} == {"pixel_mm": 1, "width_mm": 200, "slice_mm": 3}
-    assert [told[name] for name in AUGMENTED] == [5.0, 2.0, 0, -3, 0]
+    assert [told[name] for name in AUGMENTED] == [5.0, 2.0, 0, -3, 0, 0]
 
 
 def test_nobody_asks_for_augmentation_and_nobody_is_told_of_it():
@@ -75,7 +75,7 @@ def test_nobody_asks_for_augmentation_and_nobody_is_told_of_it():
     one = Known(OF_GROUP, rows, torch.full((2,), 360.0))
     assert "the model knows no such" in refused(InputError, one.given, {"turned_degrees": 0.0})
     told = one.pick(torch.Generator().manual_seed(0), {})
-    assert [told[name] for name in AUGMENTED] == [0, 1, 0, 0, 0]
+    assert [told[name] for name in AUGMENTED] == [0, 1, 0, 0, 0, 0]
     assert not set(AUGMENTED) & set(told.described())
 
 

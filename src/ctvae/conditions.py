@@ -6,7 +6,7 @@
     width_mm         of the group in plane: of the body where `prepare` cropped to it, else the field of view
     age              a column of numbers
     sex=F, sex=M     a column of categories: 1 for the volume's own, 0 for the others
-    turned_degrees, zoom, moved_slices, moved_rows, moved_columns
+    turned_degrees, zoom, moved_slices, moved_rows, moved_columns, mirrored
                      how an augmented encoding differs from its group (Karras et al. 2022, appendix F.2); a new volume is always
                      told that nothing was done, so what augmentation looks like does not leak into it
 
@@ -35,7 +35,7 @@ from ctvae.scan import without_suffix
 
 BUILT_IN = ("position", "pixel_mm", "slice_mm", "width_mm")
 BEFORE_NAMES = BUILT_IN[:3]  # of files that do not say which
-AUGMENTED = ("turned_degrees", "zoom", "moved_slices", "moved_rows", "moved_columns")
+AUGMENTED = ("turned_degrees", "zoom", "moved_slices", "moved_rows", "moved_columns", "mirrored")
 OF_GROUP = (*BUILT_IN, *AUGMENTED)
 KEYS = ("scan", "patient")
 MISSING = {"", "na", "n/a", "nan", "null"}
@@ -57,12 +57,13 @@ class Change(NamedTuple):
     slices: int = 0  # so many voxels the body is moved along D, H, W, before it is turned
     rows: int = 0
     columns: int = 0
+    mirrored: bool = False  # left for right, last of all
 
 
 def of_group(group: Group, change: Change = Change()) -> list[float]:
     """In the order of OF_GROUP; magnified in plane a group's pixels are smaller and the patient is as wide as before."""
     x_mm, _, z_mm = group.spacing_mm
-    return [group.position, x_mm / change.zoom, z_mm, group.shape[2] * x_mm, *change]
+    return [group.position, x_mm / change.zoom, z_mm, group.shape[2] * x_mm, *map(float, change)]
 
 
 def scan_mm(group: Group) -> float:

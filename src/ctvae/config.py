@@ -251,6 +251,7 @@ class Prior(Training):
     encodings: int = Field(2, ge=1, le=1024, description="stored per training group: the first as it is, others augmented")
     max_rotation_degrees: float = Field(6.0, ge=0, le=180, description="about the body's axis, of the augmented encodings")
     max_zoom: float = Field(0.08, ge=0, lt=0.5, description="in plane, of the augmented encodings; their told spacing follows")
+    mirror: float = Field(0.0, ge=0, le=1, description="share of the augmented encodings that are left for right, and told so")
     looks: int = Field(4, ge=0, description="times that samples are drawn while the flow trains, and judged by held-out groups")
     patience: int = Field(2, ge=1, description="the flow stops after this many looks in a row that were worse than the best")
     choose_average: bool = Field(True, description="after training, average the weights for as long as lowers the held-out loss")

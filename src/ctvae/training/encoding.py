@@ -43,7 +43,7 @@ def encode_groups(
             x, change = groups.plain(index), Change()
             if number:
                 random = generator(seed, place, stream=5)
-                x, change = groups.turned(index, random, cfg.max_rotation_degrees, cfg.max_zoom)
+                x, change = groups.turned(index, random, cfg.max_rotation_degrees, cfg.max_zoom, cfg.mirror)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 mean, logvar = network.encode(x[None].to(device))
             told = torch.tensor([of_group(groups.groups[index], change)], device=device)

@@ -76,15 +76,20 @@ class TrainingGroups:
             x = x + noise * (2 * self.data.noise_hu / (high - low))
         return x.clamp(-1, 1)
 
-    def turned(self, index: int, random: torch.Generator, max_degrees: float, max_zoom: float) -> tuple[Tensor, Change]:
-        """Group `index` shifted at random, then turned and zoomed in plane: [1 D H W], and what was done.
+    def turned(
+        self, index: int, random: torch.Generator, max_degrees: float, max_zoom: float, mirror: float = 0.0
+    ) -> tuple[Tensor, Change]:
+        """Group `index` shifted at random, then turned and zoomed in plane, `mirror` of them left for right: [1 D H W], and what
+        was done.
 
         Patients lie like that, and a zoomed one is a smaller or larger one: no slice is mixed with another, none is missing.
         """
         degrees = max_degrees * (2 * torch.rand((), generator=random).item() - 1)
         zoom = (1 + max_zoom) ** (2 * torch.rand((), generator=random).item() - 1)
         d, h, w = self._any_shift(random)  # of the frame: the body moves the other way
-        return in_plane(self._changed(index, (d, h, w), random), degrees, zoom), Change(degrees, zoom, -d, -h, -w)
+        x = in_plane(self._changed(index, (d, h, w), random), degrees, zoom)
+        mirrored = bool(mirror) and torch.rand((), generator=random).item() < mirror
+        return x.flip(3) if mirrored else x, Change(degrees, zoom, -d, -h, -w, mirrored)
 
     def plain(self, index: int) -> Tensor:
         """Group `index` as it is: [1 D H W]."""
