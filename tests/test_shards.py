@@ -196,7 +196,7 @@ class Encoder(torch.nn.Module):
 def groups_of(count: int) -> SimpleNamespace:
     """What `encode_groups` asks of training groups."""
 
-    def turned(index: int, random: torch.Generator, degrees: float, zoom: float) -> tuple[torch.Tensor, float]:
+    def turned(_: int, random: torch.Generator, *augmentation: float) -> tuple[torch.Tensor, Change]:
         return torch.randn(1, 4, 6, 8, generator=random), Change(zoom=1.05)
 
     place = {"position": 0.5, "spacing_mm": (1.0, 1.0, 2.0), "shape": (4, 6, 8)}

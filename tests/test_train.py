@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ctvae import runlog
 from ctvae.checkpoint import Checkpoints, load
+from ctvae.conditions import OF_GROUP, of_group
 from ctvae.config import Data, load_config, load_recipe
 from ctvae.dataset import Dataset
 from ctvae.device import deterministic, generator
@@ -382,6 +383,18 @@ def test_a_turned_group_keeps_its_amount_of_body_and_says_its_zoom(dataset):
         assert (x > -0.3).sum().item() == pytest.approx(body * change.zoom**2, rel=0.12)
     assert min(zooms) < 0.97
     assert max(zooms) > 1.03
+
+
+def test_a_mirrored_group_is_the_other_left_for_right_and_says_so(dataset):
+    groups, said = groups_of(dataset, max_shift_voxels=(0, 3, 3)), []
+    for seed in range(12):
+        plain, before = groups.turned(0, torch.Generator().manual_seed(seed), 8.0, 0.1)
+        x, change = groups.turned(0, torch.Generator().manual_seed(seed), 8.0, 0.1, mirror=0.5)
+        assert change == before._replace(mirrored=change.mirrored)
+        assert torch.equal(x, plain.flip(3) if change.mirrored else plain)
+        assert of_group(groups.groups[0], change)[OF_GROUP.index("mirrored")] == float(change.mirrored)
+        said.append(change.mirrored)
+    assert 0 < sum(said) < 12
 
 
 def test_an_augmented_group_says_how_it_was_turned_and_moved(dataset):
