@@ -138,6 +138,19 @@ def test_folders_of_labels_are_no_scans(tmp_path, scans, write_nifti):
     assert first.label_path == "labels/case_0_0000.nii.gz"
 
 
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("crop_body", [False, True])
+def test_groups_without_a_body_are_left_out_table_or_not(tmp_path, scan_hu, write_nifti, table, crop_body):
+    """As in headneck_038: the body ends, and a table beside it goes on."""
+    hu = scan_hu(0, (20, 48, 32))
+    hu[11:] = -1000
+    if table:
+        hu[:, -2:, 4:28] = -110
+    write_nifti(tmp_path / "scans" / "a.nii.gz", hu)
+    dataset = small(tmp_path / "scans", tmp_path / "out", stride=2, crop_body=crop_body)
+    assert [group.first_slice for group in dataset.groups()] == [0, 2]  # the next has one slice of eight without a body
+
+
 def test_the_same_name_twice_makes_two_sets_of_groups(tmp_path, scan_hu, write_nifti):
     write_nifti(tmp_path / "a" / "scan.nii.gz", scan_hu(1))
     write_nifti(tmp_path / "a" / "scan.nii", scan_hu(2))

@@ -139,8 +139,8 @@ def _prepared(job: Job) -> Record:
     """Write the groups; what is to be remembered of the scan. Raises ScanRejected."""
     settings = job.settings
     scan = read_found(job.found, job.salt)
-    starts = _filled(scan.volume.hu, settings)
     body = body_box(scan.volume)
+    starts = _filled(scan.volume.hu, body, settings)
     steps = _steps(body.grown(BODY_MARGIN_VOXELS, scan.volume.shape), scan.volume.shape, settings)
     labels, label_note = _labels(job, scan.volume)
     volume = steps.apply(scan.volume)
@@ -161,10 +161,14 @@ def _prepared(job: Job) -> Record:
     }
 
 
-def _filled(hu: np.ndarray, settings: Settings) -> list[int]:
-    """First slices of the groups, without those whose slices are mostly blank. Raises ScanRejected when none is left."""
+def _filled(hu: np.ndarray, body: Box, settings: Settings) -> list[int]:
+    """First slices of the groups, without those whose slices are mostly blank. Raises ScanRejected when none is left.
+
+    What lies beside the body, such as a table that goes on where the patient ends, fills no slice.
+    """
     starts = group_starts(len(hu), settings.slices, settings.stride, settings.rest)
-    blank = (hu > BODY_HU).mean(axis=(1, 2)) < BLANK_SLICE  # [D]
+    rows, columns = (slice(first, first + size) for first, size in zip(body.start[1:], body.shape[1:], strict=True))
+    blank = (hu[:, rows, columns] > BODY_HU).sum(axis=(1, 2)) < BLANK_SLICE * hu[0].size  # [D]
     filled = [start for start in starts if blank[start : start + settings.slices].mean() <= MOST_BLANK]
     if not filled:
         raise ScanRejected(f"every group of {settings.slices} slices has more than {MOST_BLANK:.0%} blank slices")
