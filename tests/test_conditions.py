@@ -252,6 +252,16 @@ def test_a_run_learns_a_table_and_names_nobody(tiny_dataset, tiny_settings, tmp_
     told = load(exported).generate(seed=1, conditions={"sex": "F", "age": age}).provenance
     assert (told["conditions"]["sex"], told["conditions"]["age"]) == ("F", age)
     assert told["asked"] == {"sex": "F", "age": age}
+    women = export(run, tmp_path / "women", overrides=["prior.told={sex: F}"])
+    for seed in range(4):
+        told = load(women).generate(seed=seed).provenance
+        assert (told["conditions"]["sex"], told["asked"]) == ("F", {"sex": "F"})
+        assert load(women).generate(seed=seed, prior="normal").provenance["conditions"]["sex"] == "F"
+    assert load(women).generate(seed=1, conditions={"sex": "M"}).provenance["conditions"]["sex"] == "M"
+    for wrong in ("{sex: X}", "{sx: F}", "{mirrored: 1}"):
+        settings = [*asked["overrides"], f"prior.told={wrong}"]
+        with pytest.raises(ConfigError, match=r"^prior\.told: the prior is not told of "):
+            train(tiny_dataset, tmp_path / f"wrong{len(wrong)}", overrides=settings, conditions=path)
     arguments = ["generate", str(exported), "--out", str(tmp_path / "out"), "-n", "1"]
     assert __main__.run([*arguments, "--condition", "sex=F", "--condition", f"age={age}"]) == 0
     capsys.readouterr()

@@ -136,6 +136,15 @@ def read_columns(path: Path | str, groups: Sequence[Group], wanted: Sequence[str
     return Columns(tuple(told), rows), notes
 
 
+def refuse_unknown(told: Mapping[str, float | str], names: Sequence[str]) -> None:
+    """Raises ConfigError where the setting prior.told has what a prior that is told `names` will not know."""
+    for name, value in told.items():
+        if name in AUGMENTED or not {name, f"{name}={value}"} & set(names):
+            has = ", ".join(known.replace("=", ": ") for known in names if known not in AUGMENTED)
+            reason = f"the prior is not told of '{name}: {value}'; give --conditions a table that has it"
+            raise ConfigError(f"prior.told: {reason} (known: {has})")
+
+
 class _Table:
     """A CSV with a row per scan or patient."""
 

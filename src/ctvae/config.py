@@ -261,6 +261,7 @@ class Prior(Training):
     autoguidance: float = Field(1.0, ge=0, allow_inf_nan=False, description="guidance away from the Gaussian; 1: none")
     null_probability: float = Field(0.1, ge=0, le=1, description="share of steps that hide the conditions")
     columns: tuple[str, ...] | None = Field(None, description="of the table given with --conditions; none: all of them")
+    told: dict[str, float | str] = Field({}, description="conditions of new volumes unless others are asked for")
 
     @model_validator(mode="after")
     def _coarse_widths_split_into_heads(self) -> Prior:

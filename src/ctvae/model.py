@@ -173,7 +173,7 @@ class Model:
             known = self._known(prior, tensors, meta)
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=random)))
         z = torch.from_numpy(np.asarray(fitted.sample(rng), np.float32))[None]
-        return Draw(z, known.pick(random, {}))
+        return Draw(z, known.pick(random, known.given(self.cfg.prior.told)))
 
     def conditions(self, prior: str = "flow") -> Known:
         """What a prior may be told, and what it knows of its training groups. Raises ModelError for an unknown prior."""

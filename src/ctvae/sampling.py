@@ -56,7 +56,7 @@ class Sampling:
             "schedule": self.schedule or flow.SCHEDULES[0],
             "guidance": cfg.guidance if self.guidance is None else self.guidance,
             "autoguidance": cfg.autoguidance if self.autoguidance is None else self.autoguidance,
-            "asked": dict(self.conditions),
+            "asked": {**cfg.told, **self.conditions},
             "slices": self.slices or shape[0],
         }
 
@@ -106,7 +106,7 @@ class FlowPrior:
         whole one; where its slabs reach further than the known positions, they are spread evenly over these.
         """
         facts = asked.facts(self.cfg, self.shape)
-        told = self.known.pick(random, self.known.given(asked.conditions))
+        told = self.known.pick(random, self.known.given(facts["asked"]))
         size = self._size(latent_shape, facts["slices"])
         x0 = torch.randn((1, *size), generator=random).to(self.network.mean.device)
         starts = slabs.covering(size[1], latent_shape[1]) if len(size) == 4 else [0]

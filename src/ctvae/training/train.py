@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ctvae.checkpoint import file_hash, load
-from ctvae.conditions import Columns, read_columns
+from ctvae.conditions import OF_GROUP, Columns, read_columns, refuse_unknown
 from ctvae.config import Config, validated
 from ctvae.dataset import Dataset
 from ctvae.device import deterministic
@@ -153,6 +153,7 @@ class _Stages:
         return training, validation
 
     def _prior(self, cfg: Config) -> None:
+        refuse_unknown(cfg.prior.told, (*OF_GROUP, *self.columns.names))
         training, validation = _latents(self.run, self.data, cfg, self.ranks)
         held_out = validation and validation.with_columns(self.columns)
         train_prior(self.run, cfg, training.with_columns(self.columns), held_out, self.ranks)
