@@ -34,7 +34,9 @@ class Encoder(nn.Module):
     def __init__(self, cfg: Wavelet3D):
         super().__init__()
         self.strides = haar_steps(cfg)
-        c_in, entries, levels = 1, [], []
+        entries: list[nn.Module] = []
+        levels: list[nn.Module] = []
+        c_in = 1
         for stride, step, width, blocks in zip(cfg.strides, self.strides, cfg.widths, cfg.blocks, strict=True):
             size = 3 if not levels else 1
             entry = Conv(c_in * haar.bands(stride), width, size, padding=size // 2)
