@@ -15,7 +15,7 @@ from ctvae.runlog import Clock, Curve, Run
 
 @pytest.fixture
 def cfg() -> Config:
-    return load_recipe("wavelet3d", ["model.widths=[8,16,16]"])
+    return load_recipe("wavelet3d", ["model.widths=[8,16]"])
 
 
 def line(error: pytest.ExceptionInfo[CtvaeError]) -> str:
@@ -47,7 +47,7 @@ def test_the_same_settings_resume(tmp_path, cfg):
     ("section", "values", "told"),
     [
         ("autoencoder", {"lr": 0.1}, "autoencoder.lr: 0.0006 there, 0.1 now"),
-        ("model", {"latent_channels": 5}, "model.latent_channels: 32 there, 5 now"),
+        ("model", {"latent_channels": 5}, "model.latent_channels: 4 there, 5 now"),
         ("data", {"window_hu": (-50.0, 200.0)}, "data.window_hu: [-1000.0, 1000.0] there, [-50.0, 200.0] now"),
     ],
 )

@@ -308,7 +308,7 @@ def groups_of(dataset: Dataset, **settings) -> TrainingGroups:
 
 
 def test_the_kl_warms_up():
-    cfg = load_recipe("wavelet3d", ["model.widths=[4,4,4]", "model.latent_channels=2", "autoencoder.kl_warmup=0.5"])
+    cfg = load_recipe("wavelet3d", ["model.widths=[4,4]", "model.latent_channels=2", "autoencoder.kl_warmup=0.5"])
     objective = autoencoder.Objective(build(cfg.model, (8, 8, 8)), cfg.autoencoder, cfg.data.window_hu)
     x, weights = torch.zeros(1, 1, 8, 8, 8), []
     for progress in (0.0, 0.25, 0.5, 1.0):

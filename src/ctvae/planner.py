@@ -391,7 +391,8 @@ class _Search:
         return f"{note}; planned with {chosen[0].label}"
 
     def _need(self, peak: int) -> str:
-        free = f", {KEPT_FREE:.0%} of which stay free" if peak / GB <= self.memory_gb else ""  # or the two numbers say nothing
+        said_gb = round(peak / GB, 2)
+        free = f", {KEPT_FREE:.0%} of which stay free" if said_gb <= self.memory_gb else ""  # or the two numbers say nothing
         return f"needs {_amount(peak)} of {self.memory_gb:g}{free}"
 
     def _nearest_size(self, tried: list[tuple[Option, TrainingCost]]) -> str:

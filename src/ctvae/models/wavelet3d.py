@@ -135,12 +135,13 @@ def halo(cfg: Wavelet3D) -> Size3:
 def tile_bytes(cfg: Wavelet3D, size: Size3, tile: Size3, number: int) -> int:
     """What encoding or decoding a tile takes at most, halo included, of a volume of `size`, in numbers of `number` bytes.
 
-    A residual block holds four volumes of its level, and the slowest kernels half a one; the tile itself is in float32.
+    A residual block holds four volumes of its level, and a Haar step's bands are as much as one more; the tile itself is in float32.
     """
+    volumes = 4 if cfg.strided else 5
     cells, most = 1, 0.0  # numbers per voxel of the level that has most
     for stride, width in zip(cfg.strides, cfg.widths, strict=True):
         cells *= math.prod(stride)
         most = max(most, width / cells)
     sides = zip(size, tile, halo(cfg), cfg.grid, strict=True)
     voxels = math.prod(min(whole, kept + 2 * reach * step) for whole, kept, reach, step in sides)
-    return round(voxels * (5 * most * number + 2 * 4))
+    return round(voxels * (volumes * most * number + 2 * 4))
