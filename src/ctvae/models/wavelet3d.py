@@ -135,7 +135,7 @@ def halo(cfg: Wavelet3D) -> Size3:
 def tile_bytes(cfg: Wavelet3D, size: Size3, tile: Size3, number: int) -> int:
     """What encoding or decoding a tile takes at most, halo included, of a volume of `size`, in numbers of `number` bytes.
 
-    A residual block holds four volumes of its level, and a Haar step's bands are as much as one more; the tile itself is in float32.
+    A residual block holds four volumes of its level, a Haar step's bands are as much as one more; the tile itself is in float32.
     """
     volumes = 4 if cfg.strided else 5
     cells, most = 1, 0.0  # numbers per voxel of the level that has most
