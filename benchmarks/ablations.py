@@ -9,8 +9,8 @@ threads, the median of a few steps on one batch, so neighbours disturb it little
 one whole group of `--size`; it does not see what torch.compile makes. Judged are the averaged weights on the middle of each
 validation group (`--crop`), PSNR over -1000..1000 HU.
 
-A 2x2x2 Haar step and a 1x1x1 convolution are together a 2x2x2 convolution of stride 2 in other coordinates, so `stem: strided`
-and `levels: strided` span what the recipe spans (but for the stem's 3x3x3 kernel) and differ in how they start and learn.
+A 2x2x2 Haar step and a 1x1x1 convolution are together a 2x2x2 convolution of stride 2 in other coordinates, so strided
+variants span what those with Haar steps span (but for the stem's 3x3x3 kernel) and differ in how they start and learn.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import torch
 from equal_minutes import judged, train
 from torch import Tensor, nn
 
-from ctvae import haar
 from ctvae.config import Config, Size3, Wavelet3D, load_recipe, with_overrides
 from ctvae.dataset import Dataset
 from ctvae.device import generator, place
@@ -71,20 +70,14 @@ def separable(network: Wavelet3DVAE) -> None:
             nn.init.zeros_(parameter)
 
 
-def strided(levels: slice) -> Callable[[Wavelet3DVAE], None]:
-    """Strided convolutions, and transposed ones back, instead of Haar steps and convolutions at these levels, fine to coarse."""
-
-    def change(network: Wavelet3DVAE) -> None:
-        encoder, decoder, steps = network.encoder, network.decoder, list(network.cfg.strides)
-        for level in range(len(steps))[levels]:
-            stride, entry = steps[level], encoder.entries[level]
-            finer, width = entry.in_channels // haar.bands(stride), entry.out_channels
-            encoder.entries[level] = nn.Conv3d(finer, width, stride, stride)
-            decoder.exits[len(steps) - 1 - level] = nn.ConvTranspose3d(width, finer, stride, stride)
-            steps[level] = (1, 1, 1)  # the convolutions do the halving, and a Haar step of 1x1x1 is none
-        encoder.strides, decoder.strides = tuple(steps), tuple(steps[::-1])
-
-    return change
+def strided_stem(network: Wavelet3DVAE) -> None:
+    """A strided convolution, and a transposed one back, instead of the first Haar step; `model.strided` is for the others."""
+    encoder, decoder, stride = network.encoder, network.decoder, network.cfg.strides[0]
+    width = encoder.entries[0].out_channels
+    encoder.entries[0] = nn.Conv3d(1, width, stride, stride)
+    decoder.exits[-1] = nn.ConvTranspose3d(width, 1, stride, stride)
+    encoder.strides = ((1, 1, 1), *encoder.strides[1:])  # the convolutions do the halving, and a Haar step of 1x1x1 is none
+    decoder.strides = (*decoder.strides[:-1], (1, 1, 1))
 
 
 class Shortcut(nn.Module):
@@ -123,24 +116,29 @@ class Variant:
         return network
 
 
-QUARTER = ("model.strides=[[2,2,2],[2,2,2]]", "model.latent_channels=4")
+EIGHTH = (  # the recipe until 2026-11-28, from which others of its kind differ in one thing
+    *("model.strides=[[2,2,2],[2,2,2],[2,2,2]]", "model.widths=[32,128,160]", "model.blocks=[1,2,2]"),
+    *("model.latent_channels=32", "model.strided=false"),
+)
+QUARTER = ("model.strides=[[2,2,2],[2,2,2]]", "model.widths=[32,128]", "model.blocks=[1,2]", "model.latent_channels=4")
+HAAR = (*QUARTER, "model.strided=false")
 VARIANTS = [
-    Variant("as is"),
-    Variant("stem: strided", change=strided(slice(0, 1))),
-    Variant("levels: strided", change=strided(slice(1, None))),
-    Variant("levels: Haar with shortcut", change=shortcut),
-    Variant("widths 24 96 128", ("model.widths=[24,96,128]",)),
-    Variant("widths 48 160 192", ("model.widths=[48,160,192]",)),
-    Variant("blocks 1 1 1", ("model.blocks=[1,1,1]",)),
-    Variant("blocks 1 3 3", ("model.blocks=[1,3,3]",)),
-    Variant("norm: groups", change=norm(lambda channels: nn.GroupNorm(GROUPS, channels))),
-    Variant("norm: none", change=norm(lambda _: nn.Identity())),
-    Variant("latents 4 of 4x4x4", (*QUARTER, "model.widths=[32,128]", "model.blocks=[1,2]")),
-    Variant("latents 4 of 4x4x4, strided", (*QUARTER, "model.widths=[32,128]", "model.blocks=[1,2]"), strided(slice(1, None))),
-    Variant("latents 4 of 4x4x4, wider", (*QUARTER, "model.widths=[48,192]", "model.blocks=[1,2]")),
-    Variant("latents 4 of 4x4x4, deeper", (*QUARTER, "model.widths=[32,128]", "model.blocks=[2,4]")),
-    Variant("convolutions (2+1)D", change=separable),
-    Variant("torch.compile", ("autoencoder.compile=true",)),
+    Variant("latents 32 of 8x8x8", EIGHTH),
+    Variant("stem: strided", EIGHTH, strided_stem),
+    Variant("levels: strided", (*EIGHTH, "model.strided=true")),
+    Variant("levels: Haar with shortcut", EIGHTH, shortcut),
+    Variant("widths 24 96 128", (*EIGHTH, "model.widths=[24,96,128]")),
+    Variant("widths 48 160 192", (*EIGHTH, "model.widths=[48,160,192]")),
+    Variant("blocks 1 1 1", (*EIGHTH, "model.blocks=[1,1,1]")),
+    Variant("blocks 1 3 3", (*EIGHTH, "model.blocks=[1,3,3]")),
+    Variant("norm: groups", EIGHTH, norm(lambda channels: nn.GroupNorm(GROUPS, channels))),
+    Variant("norm: none", EIGHTH, norm(lambda _: nn.Identity())),
+    Variant("convolutions (2+1)D", EIGHTH, separable),
+    Variant("torch.compile", (*EIGHTH, "autoencoder.compile=true")),
+    Variant("latents 4 of 4x4x4", HAAR),
+    Variant("latents 4 of 4x4x4, strided", (*QUARTER, "model.strided=true")),  # the recipe
+    Variant("latents 4 of 4x4x4, wider", (*HAAR, "model.widths=[48,192]")),
+    Variant("latents 4 of 4x4x4, deeper", (*HAAR, "model.blocks=[2,4]")),
 ]
 
 # --- what is measured -----------------------------------------------------------------------------------------------------------

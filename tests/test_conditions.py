@@ -258,10 +258,13 @@ def test_a_run_learns_a_table_and_names_nobody(tiny_dataset, tiny_settings, tmp_
         assert (told["conditions"]["sex"], told["asked"]) == ("F", {"sex": "F"})
         assert load(women).generate(seed=seed, prior="normal").provenance["conditions"]["sex"] == "F"
     assert load(women).generate(seed=1, conditions={"sex": "M"}).provenance["conditions"]["sex"] == "M"
-    for wrong in ("{sex: X}", "{sx: F}", "{mirrored: 1}"):
+    for number, wrong in enumerate(("{sex: X}", "{sx: F}", "{mirrored: 1}", "{age: 300}")):
         settings = [*asked["overrides"], f"prior.told={wrong}"]
-        with pytest.raises(ConfigError, match=r"^prior\.told: the prior is not told of "):
-            train(tiny_dataset, tmp_path / f"wrong{len(wrong)}", overrides=settings, conditions=path)
+        with pytest.raises(ConfigError, match=r"^prior\.told: condition .*the model knows "):
+            train(tiny_dataset, tmp_path / f"wrong{number}", overrides=settings, conditions=path)
+        assert not list((tmp_path / f"wrong{number}").glob("latents*")), "refused before anything was encoded"
+        with pytest.raises(InputError, match="the model knows "):
+            export(run, tmp_path / "none", overrides=[f"prior.told={wrong}"])
     arguments = ["generate", str(exported), "--out", str(tmp_path / "out"), "-n", "1"]
     assert __main__.run([*arguments, "--condition", "sex=F", "--condition", f"age={age}"]) == 0
     capsys.readouterr()

@@ -352,7 +352,7 @@ def test_a_model_folder_as_training_writes_it_opens_and_draws(tmp_path):
 
 
 def test_a_model_whose_config_claims_enormous_widths_takes_no_memory(tmp_path):
-    folder = small_model(tmp_path, widths=(8192, 8192))  # some 300 GB of weights
+    folder = small_model(tmp_path, widths=(8192, 8192))  # some 90 GB of weights
     with pytest.raises(ModelError, match=r"weights do not fit config\.yaml"):
         open_model(folder)
 

@@ -136,15 +136,6 @@ def read_columns(path: Path | str, groups: Sequence[Group], wanted: Sequence[str
     return Columns(tuple(told), rows), notes
 
 
-def refuse_unknown(told: Mapping[str, float | str], names: Sequence[str]) -> None:
-    """Raises ConfigError where the setting prior.told has what a prior that is told `names` will not know."""
-    for name, value in told.items():
-        if name in AUGMENTED or not {name, f"{name}={value}"} & set(names):
-            has = ", ".join(known.replace("=", ": ") for known in names if known not in AUGMENTED)
-            reason = f"the prior is not told of '{name}: {value}'; give --conditions a table that has it"
-            raise ConfigError(f"prior.told: {reason} (known: {has})")
-
-
 class _Table:
     """A CSV with a row per scan or patient."""
 
@@ -260,6 +251,12 @@ class Known:
     names: tuple[str, ...]
     rows: Tensor  # [N K]
     scan_mm: Tensor  # [N]
+
+    @classmethod
+    def of_groups(cls, groups: Sequence[Group], columns: Columns) -> Known:
+        """Of groups of a dataset, told a user's columns as well."""
+        rows = torch.cat((torch.tensor([of_group(group) for group in groups]), columns.of([group.id for group in groups])), dim=1)
+        return cls((*OF_GROUP, *columns.names), rows, torch.tensor([scan_mm(group) for group in groups]))
 
     @classmethod
     def from_file(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], depth: int, source: Path) -> Known:

@@ -34,8 +34,8 @@ def export(run: Path | str, out: Path | str, *, card: Path | str | None = None, 
 
     `card` is a Markdown file that is copied beside them as README.md. `overrides` are SETTABLE ones, such as
     `prior.autoguidance=1.3`, by which the exported model draws where nothing else is asked. Raises ModelError for an unfinished
-    run, ConfigError for other overrides, InputError where `out` holds something else or the card is missing. An export that was
-    interrupted is begun anew: the autoencoder comes last.
+    run, ConfigError for other overrides, InputError for conditions that the model does not know, and where `out` holds
+    something else or the card is missing. An export that was interrupted is begun anew: the autoencoder comes last.
     """
     model, folder = open_model(run), Path(out)
     settings = _settings(model, overrides)
@@ -70,7 +70,10 @@ def _settings(model: Model, overrides: Sequence[str]) -> str:
             raise ConfigError(f"--set {key}: describes what was trained; an exported model can be given {', '.join(SETTABLE)}")
     if not overrides:
         return (model.folder / "config.yaml").read_text()
-    return dump_config(with_overrides(model.cfg, overrides))
+    cfg = with_overrides(model.cfg, overrides)
+    for prior in {*PRIORS} & {*model.priors()}:
+        model.conditions(prior).given(cfg.prior.told)  # raises InputError for what it does not know
+    return dump_config(cfg)
 
 
 def _smaller(name: str, value: Tensor) -> Tensor:

@@ -39,8 +39,10 @@ class Encoder(nn.Module):
         c_in = 1
         for stride, step, width, blocks in zip(cfg.strides, self.strides, cfg.widths, cfg.blocks, strict=True):
             size = 3 if not levels else 1
-            entry = Conv(c_in * haar.bands(stride), width, size, padding=size // 2)
-            entries.append(entry if step == stride else Conv(c_in, width, stride, stride))
+            if step == stride:
+                entries.append(Conv(c_in * haar.bands(stride), width, size, padding=size // 2))
+            else:
+                entries.append(Conv(c_in, width, stride, stride))
             levels.append(nn.ModuleList(ResBlock(width) for _ in range(blocks)))
             c_in = width
         self.entries = nn.ModuleList(entries)
@@ -73,8 +75,10 @@ class Decoder(nn.Module):
         exits: list[nn.Module] = []
         for width, finer, stride, step in zip(widths, (*widths[1:], 1), cfg.strides[::-1], self.strides, strict=True):
             last = finer == 1 and len(exits) == len(widths) - 1
-            leave = Conv(width, finer * haar.bands(stride), 3 if last else 1, padding=1 if last else 0)
-            exits.append(leave if step == stride else nn.ConvTranspose3d(width, finer, stride, stride))
+            if step == stride:
+                exits.append(Conv(width, finer * haar.bands(stride), 3 if last else 1, padding=1 if last else 0))
+            else:
+                exits.append(nn.ConvTranspose3d(width, finer, stride, stride))
         self.exits = nn.ModuleList(exits)
 
     def forward(self, z: Tensor) -> Tensor:  # [B Z d h w]

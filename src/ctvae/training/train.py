@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from ctvae.checkpoint import file_hash, load
-from ctvae.conditions import OF_GROUP, Columns, read_columns, refuse_unknown
+from ctvae.conditions import Columns, Known, read_columns
 from ctvae.config import Config, validated
-from ctvae.dataset import Dataset
+from ctvae.dataset import Dataset, Group
 from ctvae.device import deterministic
-from ctvae.errors import ConfigError, DoesNotFit, ModelError
+from ctvae.errors import ConfigError, DoesNotFit, InputError, ModelError
 from ctvae.latents import LatentSet, is_complete
 from ctvae.model import model_folder
 from ctvae.models import build
@@ -153,7 +153,7 @@ class _Stages:
         return training, validation
 
     def _prior(self, cfg: Config) -> None:
-        refuse_unknown(cfg.prior.told, (*OF_GROUP, *self.columns.names))
+        _refuse_untold(cfg, self.data.groups("train"), self.columns)
         training, validation = _latents(self.run, self.data, cfg, self.ranks)
         held_out = validation and validation.with_columns(self.columns)
         train_prior(self.run, cfg, training.with_columns(self.columns), held_out, self.ranks)
@@ -180,6 +180,14 @@ def _download(folder: Path, cfg: Config, stage: str) -> None:
     for name in STAGES[stage]:
         if wants(cfg, name) and not (begun and Run(folder).stage_done(name)):
             perceptual_term(getattr(getattr(cfg, name), "perceptual", "none"))
+
+
+def _refuse_untold(cfg: Config, groups: Sequence[Group], columns: Columns) -> None:
+    """Raises ConfigError where `prior.told` has what the prior will not know: before its training, not when it first draws."""
+    try:
+        Known.of_groups(groups, columns).given(cfg.prior.told)
+    except InputError as error:
+        raise ConfigError(f"prior.told: {error}") from error
 
 
 def _columns(run: Run, data: Dataset, cfg: Config, table: Path | str | None) -> Columns:
