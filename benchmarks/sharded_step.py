@@ -53,7 +53,7 @@ def measured(settings, ranks: Ranks) -> dict[str, float]:
     weights = sum(parameter.numel() for parameter in network.parameters())
     fabric = make_fabric(settings.precision, ranks, settings.shard)
     place(network, fabric.device, channels_last=not settings.shard)
-    objective = fabric.setup_module(FlowObjective(network, ranks))
+    objective = fabric.setup_module(FlowObjective(network, settings, ranks))
     ema, optimizer = EMA(network, settings.ema_decay), build_optimizer(network, settings)
     batch = Batch(torch.randn(1, *SHAPE), torch.full((1, *SHAPE), 0.1), torch.zeros(1, 3))
     for step in range(3):

@@ -110,7 +110,7 @@ def test_noise_is_fresh_each_time_a_group_is_seen():
         seen.append(x)
         return torch.zeros_like(x)
 
-    objective = FlowObjective(still)  # type: ignore[arg-type]
+    objective = FlowObjective(still, Prior())  # type: ignore[arg-type]
     batch = Batch(torch.zeros(1, 4), torch.ones(1, 4), torch.zeros(1, 3))
     for step in range(50):
         objective(batch, generator(0, step))

@@ -91,7 +91,7 @@ def test_the_flows_batches_and_losses_are_those_of_one_process():
 
     def of_rank(rank: Ranks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch = flow_batches(cfg, code, conditioning, rank)(latents, 9)
-        return batch.mean, batch.conditions, FlowObjective(Velocity(), rank)(batch, generator(0, 9))
+        return batch.mean, batch.conditions, FlowObjective(Velocity(), cfg.prior, rank)(batch, generator(0, 9))
 
     whole = of_rank(ALONE)
     for world in (2, 4):

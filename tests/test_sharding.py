@@ -166,7 +166,7 @@ def rewrite(folder: Path, ranks: Ranks) -> None:
     training = latents(20, 1)
     wiener = fit_wiener(cfg.prior, LatentCode.fit(training), training)
     network = build_velocity(cfg.prior, SHAPE, 3, wiener)
-    make_fabric("fp32", ranks, sharded=True).setup_module(FlowObjective(network, ranks))
+    make_fabric("fp32", ranks, sharded=True).setup_module(FlowObjective(network, cfg.prior, ranks))
     ema, optimizer = EMA(network, 0.9), build_optimizer(network, cfg.prior)
     checkpoints = Checkpoints(folder / "checkpoints", "flow")
     meta = checkpoints.resume(network, ema, optimizer)

@@ -382,7 +382,7 @@ def _flow_step(name: str, network: nn.Module, batch: Callable, settings: Prior, 
     ledger.since()
     data = batch()
     with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
-        loss = FlowObjective(network)(data, generator(0, 0)).mean()
+        loss = FlowObjective(network, settings)(data, generator(0, 0)).mean()
     _descend(loss, network, optimizer, ema, settings)
     optimizer.zero_grad(set_to_none=True)
     return ledger.since()

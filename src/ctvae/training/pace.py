@@ -74,7 +74,7 @@ def prior_step_seconds(cfg: Config) -> float:
     code = LatentCode.fit(latents)
     batch = flow_batches(cfg, code, Conditioning.fit(latents.conditions))(latents, 0)
     network = build_velocity(cfg.prior, shape, len(OF_GROUP), fit_wiener(cfg.prior, code, latents))
-    return _seconds(network, FlowObjective(network), cfg.prior, _flow_loss(batch))
+    return _seconds(network, FlowObjective(network, cfg.prior), cfg.prior, _flow_loss(batch))
 
 
 def _flow_loss(batch: object) -> Callable[..., Tensor]:

@@ -65,15 +65,16 @@ class Batch(NamedTuple):
 
 
 class FlowObjective(nn.Module):
-    def __init__(self, network: nn.Module, ranks: Ranks = ALONE):
+    def __init__(self, network: nn.Module, cfg: Prior, ranks: Ranks = ALONE):
         super().__init__()
         self.network, self.ranks = network, ranks
+        self.times = partial(flow.logit_normal_times, shift=cfg.time_shift, spread=cfg.time_spread)
 
     def forward(self, batch: Batch, random: torch.Generator) -> Tensor:
         """Flow matching loss per sample [B]."""
         mean, std, whole = batch.mean, batch.std, len(batch.mean) * self.ranks.world
         x0, e = (self.ranks.normal(mean.shape, random).to(mean.device) for _ in range(2))
-        t = flow.logit_normal_times(whole, random)[self.ranks.rows(whole)].to(mean.device)
+        t = self.times(whole, random)[self.ranks.rows(whole)].to(mean.device)
         return flow.matching_loss(lambda x, t: self.network(x, t, batch.conditions), x0, mean + std * e, t, mean, std)
 
 
@@ -177,7 +178,7 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
     settings = cfg.prior
     fabric = make_fabric(settings.precision, ranks, settings.shard)
     place(network, fabric.device, channels_last=not settings.shard)  # FSDP takes weights in plain order alone
-    objective = fabric.setup_module(FlowObjective(network, ranks))
+    objective = fabric.setup_module(FlowObjective(network, settings, ranks))
     ema = EMA(network, settings.ema_decay)
     optimizer = build_optimizer(network, settings)
     checkpoints = run.checkpoints("flow")
@@ -224,7 +225,7 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
                     last |= worse >= settings.patience
                 if not tally.in_a_row:  # or these weights may be why
                     keep()
-                held_out = held_out_loss(network, ema, data, settings.precision, ranks)
+                held_out = held_out_loss(network, ema, data, settings, ranks)
             if last:
                 break
 
@@ -247,7 +248,7 @@ def train_flow(run: Run, cfg: Config, network: nn.Module, data: Data, ranks: Ran
     chosen: dict[str, float] = {}
     if choosing and ranks.told(lambda: best.meta().get("step", step)) == step:  # no earlier weights were better
         optimizer.zero_grad(set_to_none=True)
-        chosen = choose_average(moments, step, network, ema, data, settings.precision, ranks)
+        chosen = choose_average(moments, step, network, ema, data, settings, ranks)
     if chosen.get("average"):
         kept = best.meta() if ranks.first else {}
         network.load_state_dict(ema.weights)
@@ -291,17 +292,17 @@ def look(watch: Watch, network: nn.Module, ema: EMA, settings: Prior, ranks: Ran
 
 
 def choose_average(
-    moments: averages.Moments, step: int, network: nn.Module, ema: EMA, data: Data, precision: str, ranks: Ranks
+    moments: averages.Moments, step: int, network: nn.Module, ema: EMA, data: Data, cfg: Prior, ranks: Ranks
 ) -> dict[str, float]:
     """Gives `ema` the average over the whole training that has the least held-out loss, if any is better; returns its length."""
     ranks.barrier()  # the first process has written all
-    losses = {0.0: held_out_loss(network, ema, data, precision, ranks)}
+    losses = {0.0: held_out_loss(network, ema, data, cfg, ranks)}
     if not moments.kept(step - 1):
         return {}
     own = {name: value.clone() for name, value in ema.weights.items()}
     for length in averages.LENGTHS:
         ema.take(moments.average(step, own, length))
-        losses[length] = held_out_loss(network, ema, data, precision, ranks)
+        losses[length] = held_out_loss(network, ema, data, cfg, ranks)
     length = min(losses, key=lambda length: losses[length])
     ema.take(moments.average(step, own, length) if length else own)
     return {"average": length, "average_loss": round(losses[length], 4), "unaveraged_loss": round(losses[0.0], 4)}
@@ -313,16 +314,16 @@ def worse_for(best: Best, looked: int) -> int:
 
 
 @torch.no_grad()
-def held_out_loss(network: nn.Module, ema: EMA, data: Data, precision: str, ranks: Ranks = ALONE) -> float:
+def held_out_loss(network: nn.Module, ema: EMA, data: Data, cfg: Prior, ranks: Ranks = ALONE) -> float:
     """Loss of the averaged weights on held-out groups, always with the same noise and times; NaN without any."""
     if data.held_out is None:
         return math.nan
     device = next(network.parameters()).device
     total = 0.0
-    with ema.applied_to(network), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with ema.applied_to(network), torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
         for step in range(HELD_OUT_BATCHES):
             batch = to_device(data.batches(data.held_out, step), device)
-            total += ranks.mean(FlowObjective(network, ranks)(batch, generator(1, step)).mean()).item()
+            total += ranks.mean(FlowObjective(network, cfg, ranks)(batch, generator(1, step)).mean()).item()
     return total / HELD_OUT_BATCHES
 
 
