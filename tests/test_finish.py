@@ -12,6 +12,7 @@ from ctvae.errors import ConfigError, ModelError
 from ctvae.generate import load as load_model
 from ctvae.models import build
 from ctvae.models.discriminator import PatchDiscriminator
+from ctvae.models.tone import Tone
 from ctvae.training import finish
 from ctvae.training.drawn import SEED, DrawnLatents
 from ctvae.training.train import train
@@ -46,6 +47,19 @@ def test_it_moves_the_decoder_alone(finished, tiny_run):
     assert all(torch.equal(value, flows[0][name]) for name, value in flows[1].items())
     assert load(finished / "autoencoder.safetensors")[1]["finish_steps"] == 4
     assert not (finished / "drawn").exists()  # it is of no more use
+
+
+def test_a_curve_is_fitted_before_the_first_step(tiny_dataset, tiny_run, tmp_path, monkeypatch):
+    """Once: a finish of what is finished begins with the curve as it is."""
+    fitted = []
+    monkeypatch.setattr(Tone, "fit", lambda self, decoded, real: fitted.append((decoded, real)) or self.offset.data.fill_(0.1))
+    first = train(tiny_dataset, tmp_path / "a", stage="finish", overrides=[*FINISH, "model.tone=true"], start=tiny_run)
+    decoded, real = fitted[0]
+    assert len(fitted) == 1
+    assert decoded.sum() == real.sum() > 1000  # of the same voxels
+    assert weights(first)["decoder.tone.offset"] == pytest.approx(0.1, abs=1e-2)
+    train(tiny_dataset, tmp_path / "b", stage="finish", overrides=FINISH, start=first)
+    assert len(fitted) == 1
 
 
 def test_a_resumed_finish_is_bit_equal(finished, tiny_dataset, tiny_run, tmp_path, monkeypatch):

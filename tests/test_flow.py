@@ -157,11 +157,21 @@ def test_the_path_is_straight_between_its_ends():
 
 
 @pytest.mark.parametrize("shift", [0.0, -1.0])
-def test_times_are_logit_normal(shift):
-    logits = torch.logit(flow.logit_normal_times(50_000, torch.Generator().manual_seed(3), shift).double())
-    assert logits.mean().item() == pytest.approx(shift, abs=5 / math.sqrt(50_000))
-    assert logits.std().item() == pytest.approx(1.0, abs=0.02)
-    assert (logits < shift + 1).double().mean().item() == pytest.approx(0.8413, abs=0.01)  # a standard normal below 1
+@pytest.mark.parametrize("spread", [1.0, 1.4])
+def test_times_are_logit_normal(shift, spread):
+    times = torch.cat([flow.logit_normal_times(8, torch.Generator().manual_seed(n), shift, spread) for n in range(5000)])
+    logits = torch.logit(times.double())
+    assert logits.mean().item() == pytest.approx(shift, abs=5 * spread / math.sqrt(40_000))
+    assert logits.std().item() == pytest.approx(spread, rel=0.02)
+    assert (logits < shift + spread).double().mean().item() == pytest.approx(0.8413, abs=0.01)  # a standard normal below 1
+
+
+def test_a_batch_sees_all_of_the_path():
+    """One time from each eighth: no batch of eight is all noise or all data."""
+    for seed in range(20):
+        t = flow.logit_normal_times(8, torch.Generator().manual_seed(seed))
+        quantiles = torch.special.ndtr(torch.logit(t.double())) * 8
+        assert quantiles.floor().tolist() == list(range(8))
 
 
 def test_guidance_is_linear_in_its_weight():

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from ctvae.config import Prior
 from ctvae.device import generator
 from ctvae.errors import ModelError
 from ctvae.latents import LatentCode, LatentSet

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ctvae.training.moments import AIR, AIR_BINS, BINS, LAGS, Moments, statistics
+from ctvae.training.moments import AIR, AIR_BINS, BINS, LAGS, SOFT_BINS, Moments, statistics
 
 SOFT = (-0.2, 0.3)
 
@@ -42,6 +42,16 @@ def test_what_is_too_frequent_over_a_wide_range_is_told_where_to_go():
     middle = ((fake - 0.2).abs() > 0.1) & ((fake - 0.2).abs() < 0.5)
     away = fake.grad[middle].sign() == (0.2 - fake.detach()[middle]).sign()  # downhill is towards the nearer of the two
     assert away.float().mean() > 0.9
+
+
+def test_soft_tissue_has_a_finer_histogram():
+    x = patches(3)
+    low, high = SOFT
+    inside = x[x > AIR].clamp(low, high).numpy()
+    found = statistics(x, SOFT)[BANDS.stop + 14 : BANDS.stop + 14 + SOFT_BINS - 1].numpy()
+    half = (high - low) / (SOFT_BINS - 1) / 2
+    exact = np.histogram(inside, bins=SOFT_BINS, range=(low - half, high + half))[0].cumsum() / inside.size
+    np.testing.assert_allclose(found, exact[:-1], atol=0.02)  # shared by the nearest two, where numpy gives all to one
 
 
 def test_it_does_not_matter_how_much_of_a_patch_is_air():

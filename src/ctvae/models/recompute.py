@@ -26,15 +26,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from ctvae.models.blocks import ChannelNorm, ResBlock
+from ctvae.models.tone import Tone
 
 SLAB_NUMBERS = 2**21  # 8 MiB in float32, or more where there would be more than MOST_SLABS
 MOST_SLABS = 16
 
 
 def save_memory(network: nn.Module, checkpointing: bool) -> None:
-    """Norms by slabs, blocks lean; with `checkpointing` every residual block is recomputed."""
+    """What treats each voxel alone by slabs, blocks lean; with `checkpointing` every residual block is recomputed."""
     for module in list(network.modules()):
-        if isinstance(module, ChannelNorm):
+        if isinstance(module, (ChannelNorm, Tone)):
             _wrap(module, by_slabs)
         elif isinstance(module, ResBlock):
             _wrap(module, recomputed if checkpointing else lean)
@@ -109,15 +110,17 @@ class _BySlabs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *parameters = ctx.saved_tensors
+        asked = [bool(needed) for needed in ctx.needs_input_grad[2:]]  # a frozen network's are not
         of_x = torch.empty_like(x)
-        of_parameters = [torch.zeros_like(parameter) for parameter in parameters]
+        of_parameters = [torch.zeros_like(p) if needed else None for p, needed in zip(parameters, asked, strict=True)]
+        learning = [p for p, needed in zip(parameters, asked, strict=True) if needed]
         for slab in slabs(x.shape):
             part = x[:, :, slab].detach().requires_grad_()
             with torch.enable_grad(), torch.autocast(x.device.type, **ctx.autocast):
                 y = ctx.inner(part)
-            first, *others = torch.autograd.grad(y, (part, *parameters), grad[:, :, slab])
+            first, *others = torch.autograd.grad(y, (part, *learning), grad[:, :, slab])
             of_x[:, :, slab] = first
-            for total, other in zip(of_parameters, others, strict=True):
+            for total, other in zip([total for total in of_parameters if total is not None], others, strict=True):
                 total += other
         return None, of_x, *of_parameters
 

@@ -20,6 +20,7 @@ from ctvae.config import Size3, Wavelet3D
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.blocks import Conv, ResBlock
 from ctvae.models.recompute import save_memory
+from ctvae.models.tone import Tone
 
 INITIAL_LOGVAR = -6.0  # posteriors begin narrow: with sigma near 1 the first steps would learn from noise
 
@@ -80,6 +81,7 @@ class Decoder(nn.Module):
             else:
                 exits.append(nn.ConvTranspose3d(width, finer, stride, stride))
         self.exits = nn.ModuleList(exits)
+        self.tone = Tone() if cfg.tone else None
 
     def forward(self, z: Tensor) -> Tensor:  # [B Z d h w]
         x = self.entry(z)
@@ -87,7 +89,7 @@ class Decoder(nn.Module):
             for block in blocks:  # type: ignore[attr-defined]
                 x = block(x)
             x = haar.inverse(leave(x), stride)  # doubles the axes whose step is 2
-        return x.float()  # [B 1 D H W]
+        return x.float() if self.tone is None else self.tone(x.float())  # [B 1 D H W]
 
 
 def haar_steps(cfg: Wavelet3D) -> tuple[Size3, ...]:

@@ -34,8 +34,9 @@ from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.moments import Moments
 from ctvae.training.perceptual import PerceptualTerm, perceptual_term
-from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, build_player, gradient_norm, noisy_latents
+from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, build_player, gradient_norm
 from ctvae.training.tally import Tally
+from ctvae.training.tone import fit_tone, noisy_latents
 
 COARSE = 4  # voxels
 DRAWING = 0.3  # of the stage's minutes at most
@@ -110,6 +111,7 @@ def finish_decoder(
     assert isinstance(network, Wavelet3DVAE)
     samples = DrawnLatents(run.folder / "drawn", cfg, network.cfg.grid, ranks)
     network.encoder.requires_grad_(False)
+    fit_tone(network, training, settings.latent_noise, cfg.seed, ranks)
     goal = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
     pair = FinishedPair(network.decoder, PatchDiscriminator(settings.discriminator_width, goal.soft), goal.soft, ranks)
     for module in (network, pair):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ctvae import haar
 
 BINS = 40
+SOFT_BINS = 41  # 10 HU each from -160 to 240 HU: fat and muscle are narrow peaks
 AIR_BINS = 2  # the lowest
 AIR = -0.9
 LEAST_SHARE = 0.05  # of a patch: in less that is not air there is little to see
@@ -45,7 +46,7 @@ class Moments(nn.Module):
         """`soft`: the soft tissue window in -1..1. `average` is over processes that train together."""
         super().__init__()
         self.soft, self.average = (soft if soft[0] < soft[1] else (-1.0, 1.0)), average
-        size = BINS - AIR_BINS + 3 * len(LAGS) + 4 * (haar.bands((2, 2, 2)) - 1)
+        size = BINS - AIR_BINS + SOFT_BINS - 1 + 3 * len(LAGS) + 4 * (haar.bands((2, 2, 2)) - 1)
         self.real, self.fake, self.square = (nn.Buffer(torch.zeros(size)) for _ in range(3))
         self.seen = nn.Buffer(torch.zeros(()))
 
@@ -75,7 +76,8 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     """Of patches x [B 1 D H W]: [K].
 
     How often values below each of BINS from -1 to 1 occur, air aside; size of the detail bands of two Haar levels, of the whole
-    range and of the soft tissue window; mean |difference| of neighbours at LAGS along D, H, W, both in it, in its widths.
+    range and of the soft tissue window; how often values below each of SOFT_BINS of it occur; mean |difference| of neighbours at
+    LAGS along D, H, W, both in it, in its widths.
     Air counts for nothing: how much of a patch is air is a matter of where it lies, and nothing is to be gained by ripples in it.
     """
     d, h, w = (size // 4 * 4 for size in x.shape[2:])
@@ -83,19 +85,26 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     low, high = soft
     inside = (x.detach() > AIR).float()
     window = x.clamp(low, high) * (2 / (high - low))
-    return torch.cat([_shares(x, inside), _bands(x, inside), _bands(window, inside), _steps(x, low, high)])
+    scaled = window - (low + high) / (high - low)  # -1..1
+    fine = _cumulative(scaled, SOFT_BINS, inside)[:-1] / _size(inside)
+    return torch.cat([_shares(x, inside), _bands(x, inside), _bands(window, inside), fine, _steps(x, low, high)])
 
 
 def _shares(x: Tensor, inside: Tensor) -> Tensor:
-    """A cumulative histogram that gradients pass: each value is shared by its two nearest bins in proportion.
+    """Air's bins count for nothing."""
+    return _cumulative(x, BINS, torch.ones_like(inside), AIR_BINS) / _size(inside)
+
+
+def _cumulative(x: Tensor, bins: int, weight: Tensor, first: int = 0) -> Tensor:
+    """Of x in -1..1 a cumulative histogram from bin `first` on that gradients pass: each value is shared by its two nearest bins.
 
     Cumulative, as values that are too frequent over a wide range then know which way to go, and not at its ends alone.
     """
-    place = (x.flatten() + 1) * (BINS - 1) / 2
-    below = place.detach().nan_to_num(0.0).floor().clamp(0, BINS - 2)  # NaN has no bin, and stays NaN in its share
+    place, weight = (x.flatten() + 1) * (bins - 1) / 2, weight.flatten()
+    below = place.detach().nan_to_num(0.0).floor().clamp(0, bins - 2)  # NaN has no bin, and stays NaN in its share
     above = place - below  # share of the upper bin
-    counts = x.new_zeros(BINS).index_add(0, below.long(), 1 - above).index_add(0, below.long() + 1, above)
-    return counts[AIR_BINS:].cumsum(0) / _size(inside)
+    counts = x.new_zeros(bins).index_add(0, below.long(), weight * (1 - above)).index_add(0, below.long() + 1, weight * above)
+    return counts[first:].cumsum(0)
 
 
 def _steps(x: Tensor, low: float, high: float) -> Tensor:

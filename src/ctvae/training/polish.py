@@ -32,6 +32,7 @@ from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
 from ctvae.training.perceptual import PerceptualTerm, perceptual_term
 from ctvae.training.tally import Tally
+from ctvae.training.tone import fit_tone, noisy_latents
 
 SQUARES = 0.99  # decay of Adam's second moments
 
@@ -89,15 +90,6 @@ class DiscriminatorObjective(nn.Module):
         return losses.judging(a, b, self.cfg.adversarial) + self.cfg.slope_penalty / 2 * (slope + other)
 
 
-def noisy_latents(network: Autoencoder, x: Tensor, noise: float, random: torch.Generator, ranks: Ranks = ALONE) -> Tensor:
-    """Posterior samples with further noise, `noise` times each channel's spread over the batch: [B Z d h w]."""
-    with torch.no_grad():
-        mean, logvar = network.encode(x)
-        spread = ranks.gathered(mean).std((0, 2, 3, 4), correction=0, keepdim=True)
-        sigma = (logvar.exp() + (noise * spread).square()).sqrt()
-        return mean + sigma * ranks.normal(mean.shape, random).to(mean.device)
-
-
 def gradient_norm(network: nn.Module) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
@@ -126,6 +118,7 @@ def polish_decoder(
     network, noted = load_autoencoder(run, cfg)
     assert isinstance(network, Wavelet3DVAE)
     network.encoder.requires_grad_(False)
+    fit_tone(network, training, settings.latent_noise, cfg.seed, ranks)
     goal = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
     pair = Pair(network.decoder, PatchDiscriminator(settings.discriminator_width, goal.soft))
     for module in (network, pair.discriminator):

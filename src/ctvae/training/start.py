@@ -39,6 +39,7 @@ WEIGHTS_DECIDE = {  # settings that the weights fix
 }
 NOT_OF_THE_WEIGHTS = {"checkpointing"}
 DEEPER = "model.decoder_blocks"  # may be more than those of the weights: new ones begin as the identity
+TONE = "model.tone"  # likewise
 
 
 def settings_of(model: Path, pinned: Sequence[str]) -> tuple[str, list[str]]:
@@ -57,6 +58,8 @@ def settings_of(model: Path, pinned: Sequence[str]) -> tuple[str, list[str]]:
                 continue
             if key == DEEPER and key in given:
                 _refuse_shallower(cfg.model, given[key])
+                continue
+            if key == TONE and not value and key in given:
                 continue
             if key in given and files.parsed_yaml(given[key]) != value:
                 raise ConfigError(f"{key}={given[key]}: the weights to start from have {value}; leave it out, or --from")
@@ -121,7 +124,8 @@ def take_autoencoder(run: Run, cfg: Config, stage: str) -> None:
 
 
 def _deepened(tensors: dict[str, Tensor], network: nn.Module, run: Run) -> dict[str, Tensor]:
-    """With the blocks that the decoder of `network` has besides those it begins from; as they begin, they change nothing."""
+    """With the blocks and the curve that the decoder of `network` has besides those it begins from; as they begin, they change
+    nothing."""
     if not isinstance(network, Wavelet3DVAE):
         return tensors
     model: Any = load_config(run.folder / "from" / "config.yaml").model
@@ -130,6 +134,8 @@ def _deepened(tensors: dict[str, Tensor], network: nn.Module, run: Run) -> dict[
         for block in range(blocks, len(network.decoder.levels[level])):  # type: ignore[arg-type]
             name = f"decoder.levels.{level}.{block}."
             new |= {key: value for key, value in network.state_dict().items() if key.startswith(name)}
+    if network.decoder.tone is not None and not model.tone:
+        new["decoder.tone.offset"] = network.decoder.tone.offset.detach()
     return {**tensors, **new}
 
 
