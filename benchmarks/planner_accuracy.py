@@ -143,7 +143,7 @@ def work(setting: Setting, size: Size3, folder: Path) -> dict[str, int]:
     elif setting.what != "train":
         before = baseline()
         model = open_model(folder)
-        mean = model.encode(Volume(hu, np.eye(4))).mean.clone()
+        mean = model.encode(Volume(hu.copy(), np.eye(4))).mean.clone()
         peaks["encode"] = high_water() - before
         del model
         before = baseline()

@@ -59,5 +59,6 @@ def tiled(
             whole = [cells * factor for cells, factor in zip((d, h, w), factor_out, strict=True)]
             out = torch.empty((*y.shape[:2], *whole), dtype=y.dtype, device=x.device)
         out[(..., *scaled(part.keep, factor_out))] = y[(..., *scaled(part.inside(), factor_out))].to(x.device)
+        del y  # not beside the next one
     assert out is not None
     return out

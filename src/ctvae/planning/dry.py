@@ -212,7 +212,8 @@ def decoding(cfg: Config, size: Size3, tile: Size3, kernels: Kernels) -> int:
     if kernels.device == "cuda":
         return peak
     whole_volume = math.prod(size) * FLOAT32
-    return max(peak + whole_volume, standing + whole_volume + math.prod(size) * TO_HU)
+    beside = whole_volume if math.prod(read) < math.prod(size) else 0  # what the tiles before have been put into
+    return max(peak + beside, standing + whole_volume + math.prod(size) * TO_HU)
 
 
 def prior(cfg: Config, groups: int, kernels: Kernels) -> dict[str, int]:
