@@ -21,6 +21,7 @@ from ctvae.evaluation.evaluate import evaluate
 from ctvae.evaluation.grid import Grid
 from ctvae.evaluation.memorization import judge_scans
 from ctvae.evaluation.summary import summarise
+from ctvae.evaluation.verdict import verdict
 from ctvae.volume import Volume, plain_affine
 
 SHAPE, SPACING = (20, 40, 40), (6.0, 6.0, 5.0)
@@ -309,6 +310,31 @@ def test_a_plain_folder_of_real_scans_will_do_and_few_scans_are_said_so(tmp_path
     assert {entry["status"] for entry in found["sets"][0]["measures"]} == {"not enough"}
     assert found["verdict"]["headline"] == "Too few scans to say anything."
     assert found["sets"][0]["memorization"]["status"] == "not enough"
+
+
+@pytest.mark.parametrize(
+    ("judged", "outside", "headline"),
+    [
+        (6, 0, "Too few scans for most measures; the others see no difference."),
+        (6, 2, "Too few scans for most measures; the others see differences that can be measured."),
+        (6, 3, "The synthetic scans can be told from real ones."),
+        (12, 1, "As far as these measures see, the synthetic scans look like real ones."),
+        (12, 4, "The synthetic scans are close to real ones, with differences that can be measured."),
+        (12, 5, "The synthetic scans can be told from real ones."),
+    ],
+)
+def test_the_headline_says_no_more_than_was_judged(judged, outside, headline):
+    """Of 13 measures, of which real scans have at most one outside their floor."""
+
+    def entry(number: int) -> dict:
+        scans, floor = {"synthetic": 8, "real": 8}, {"low": 0.0, "high": 1.0}
+        words = {"id": f"m{number}", "title": "M", "unit": "", "value": 2.0, "floor": floor, "scans": scans}
+        inside, known = number >= outside, "ok" if number < judged else "not enough"
+        return {**words, "status": known, "within_floor": inside, "floor_widths": 1.0}
+
+    chance = {"mean": 0.5, "most": 1, "splits": 100}
+    found = verdict([entry(n) for n in range(13)], chance, {"status": "not enough"}, {}, None)
+    assert found["headline"] == headline
 
 
 def deal(splits: dict[str, int], split: str) -> cohort.Cohort:
