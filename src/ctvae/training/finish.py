@@ -111,17 +111,16 @@ def finish_decoder(
     assert isinstance(network, Wavelet3DVAE)
     samples = DrawnLatents(run.folder / "drawn", cfg, network.cfg.grid, ranks)
     network.encoder.requires_grad_(False)
-    fit_tone(network, training, settings.latent_noise, cfg.seed, ranks)
     goal = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
     pair = FinishedPair(network.decoder, PatchDiscriminator(settings.discriminator_width, goal.soft), goal.soft, ranks)
     for module in (network, pair):
         place(module, fabric.device)
+    objective = FinishObjective(network, pair, cfg, ranks, perceptual_term(settings.perceptual))  # holds the decoder as it is
+    place(objective.before, fabric.device)
+    fit_tone(network, training, settings.latent_noise, cfg.seed, ranks)
     ema = EMA(pair, settings.ema_decay)
     optimizer = build_player(network.decoder, settings)
     judge = build_judge(pair.discriminator, settings)
-    perceptual = perceptual_term(settings.perceptual)
-    objective = FinishObjective(network, pair, cfg, ranks, perceptual)  # holds the decoder as it is before any step
-    place(objective.before, fabric.device)
     checkpoints = run.checkpoints("finish")
     meta = checkpoints.resume(pair, ema, optimizer, judge)
     start = ranks.agreed(int(meta["step"]))

@@ -118,11 +118,11 @@ def polish_decoder(
     network, noted = load_autoencoder(run, cfg)
     assert isinstance(network, Wavelet3DVAE)
     network.encoder.requires_grad_(False)
-    fit_tone(network, training, settings.latent_noise, cfg.seed, ranks)
     goal = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
     pair = Pair(network.decoder, PatchDiscriminator(settings.discriminator_width, goal.soft))
     for module in (network, pair.discriminator):
         place(module, fabric.device)
+    fit_tone(network, training, settings.latent_noise, cfg.seed, ranks)
     ema = EMA(pair, settings.ema_decay)
     optimizer = build_player(network.decoder, settings)
     judge = build_judge(pair.discriminator, settings)

@@ -35,10 +35,10 @@ def fit_tone(network: Wavelet3DVAE, groups: TrainingGroups, noise: float, seed: 
     def fitted() -> list[float]:
         decoded, real = torch.zeros(RANGE, dtype=torch.long), torch.zeros(RANGE, dtype=torch.long)
         for step in range(PATCHES):
-            x = alone.batch(1, seed, step)  # [1 1 D H W]
+            x = alone.batch(1, seed, step).to(tone.offset.device)  # [1 1 D H W]
             y = network.decode(noisy_latents(network, x, noise, generator(seed, step, stream=47))).float()
             near = F.max_pool3d((torch.maximum(x, y) > AIR).float(), 2 * RIM + 1, stride=1, padding=RIM) > 0
-            decoded, real = decoded + counts(y[near]), real + counts(x[near])
+            decoded, real = decoded + counts(y[near]).cpu(), real + counts(x[near]).cpu()
         tone.fit(decoded, real)
         return tone.offset.tolist()  # type: ignore[no-any-return]
 
