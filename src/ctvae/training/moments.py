@@ -25,7 +25,8 @@ from ctvae import haar
 
 BINS = 40
 SOFT_BINS = 41  # 10 HU each from -160 to 240 HU: fat and muscle are narrow peaks
-AIR = -0.97  # below what lungs can be darkened to without being missed
+AIR_BINS = 2  # the lowest
+AIR = -0.9
 LEAST_SHARE = 0.05  # of a patch: in less that is not air there is little to see
 LAGS = (1, 2, 4)
 MOST_OFF = 3.0  # spreads, beyond which nothing pulls harder
@@ -45,7 +46,7 @@ class Moments(nn.Module):
         """`soft`: the soft tissue window in -1..1. `average` is over processes that train together."""
         super().__init__()
         self.soft, self.average = (soft if soft[0] < soft[1] else (-1.0, 1.0)), average
-        size = BINS - 1 + SOFT_BINS - 1 + 3 * len(LAGS) + 4 * (haar.bands((2, 2, 2)) - 1)
+        size = BINS - AIR_BINS + SOFT_BINS - 1 + 3 * len(LAGS) + 4 * (haar.bands((2, 2, 2)) - 1)
         self.real, self.fake, self.square = (nn.Buffer(torch.zeros(size)) for _ in range(3))
         self.seen = nn.Buffer(torch.zeros(()))
 
@@ -85,20 +86,21 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     inside = (x.detach() > AIR).float()
     window = x.clamp(low, high) * (2 / (high - low))
     scaled = window - (low + high) / (high - low)  # -1..1
-    shares, fine = (_cumulative(values, bins, inside)[:-1] for values, bins in ((x, BINS), (scaled, SOFT_BINS)))
+    shares = _cumulative(x, BINS, torch.ones_like(inside), AIR_BINS) / _size(inside)
+    fine = _cumulative(scaled, SOFT_BINS, inside)[:-1] / _size(inside)
     return torch.cat([shares, _bands(x, inside), _bands(window, inside), fine, _steps(x, low, high)])
 
 
-def _cumulative(x: Tensor, bins: int, inside: Tensor) -> Tensor:
-    """Of x in -1..1, where `inside`, a cumulative histogram that gradients pass: each value is shared by its two nearest bins.
+def _cumulative(x: Tensor, bins: int, weight: Tensor, first: int = 0) -> Tensor:
+    """Of x in -1..1 a cumulative histogram from bin `first` on that gradients pass: each value is shared by its two nearest bins.
 
     Cumulative, as values that are too frequent over a wide range then know which way to go, and not at its ends alone.
     """
-    place, weight = (x.flatten() + 1) * (bins - 1) / 2, inside.flatten()
+    place, weight = (x.flatten() + 1) * (bins - 1) / 2, weight.flatten()
     below = place.detach().nan_to_num(0.0).floor().clamp(0, bins - 2)  # NaN has no bin, and stays NaN in its share
     above = place - below  # share of the upper bin
     counts = x.new_zeros(bins).index_add(0, below.long(), weight * (1 - above)).index_add(0, below.long() + 1, weight * above)
-    return counts.cumsum(0) / _size(inside)
+    return counts[first:].cumsum(0)
 
 
 def _steps(x: Tensor, low: float, high: float) -> Tensor:
