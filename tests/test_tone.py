@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ctvae.models import tone as tone_module
 from ctvae.models.tone import KNOTS, RANGE, STRENGTH, Tone, counts
 
 
@@ -66,3 +67,23 @@ def test_between_knots_it_is_numpys_interpolation():
     y = torch.linspace(-1.2, 1.2, 997)
     exact = y.numpy() + np.interp(y.numpy(), np.linspace(-1, 1, KNOTS), tone.offset.detach().numpy())
     np.testing.assert_allclose(tone(y).detach(), exact, atol=1e-4)
+
+
+def test_gradients_are_those_of_autograd(monkeypatch):
+    """Of the same curve written plainly, in double precision; by pieces of which the last is shorter."""
+    monkeypatch.setattr(tone_module, "PIECE", 1000)
+    random = torch.Generator().manual_seed(0)
+    offset = (0.1 * torch.randn(KNOTS, generator=random, dtype=torch.float64)).requires_grad_()
+    y = (2.4 * torch.rand((2, 1, 9, 12, 13), generator=random, dtype=torch.float64) - 1.2).requires_grad_()
+    cotangent = torch.randn(y.shape, generator=random, dtype=torch.float64)
+    place = (y.clamp(-1, 1) + 1) * ((KNOTS - 1) / 2)
+    below = place.detach().floor().clamp(0, KNOTS - 2).long()
+    plain = y + torch.lerp(offset[below], offset[below + 1], place - below)
+    wanted = torch.autograd.grad(plain, (y, offset), cotangent)
+    found = tone_module._Curve.apply(y, offset)
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(torch.autograd.grad(found, (y, offset), cotangent), wanted)
+
+
+def test_what_is_not_a_number_stays_so():
+    assert Tone()(torch.tensor([0.5, float("nan")])).isnan().tolist() == [False, True]

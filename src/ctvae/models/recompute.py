@@ -26,16 +26,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from ctvae.models.blocks import ChannelNorm, ResBlock
-from ctvae.models.tone import Tone
 
 SLAB_NUMBERS = 2**21  # 8 MiB in float32, or more where there would be more than MOST_SLABS
 MOST_SLABS = 16
 
 
 def save_memory(network: nn.Module, checkpointing: bool) -> None:
-    """What treats each voxel alone by slabs, blocks lean; with `checkpointing` every residual block is recomputed."""
+    """Norms by slabs, blocks lean; with `checkpointing` every residual block is recomputed."""
     for module in list(network.modules()):
-        if isinstance(module, (ChannelNorm, Tone)):
+        if isinstance(module, ChannelNorm):
             _wrap(module, by_slabs)
         elif isinstance(module, ResBlock):
             _wrap(module, recomputed if checkpointing else lean)

@@ -10,12 +10,15 @@ Shapes:  B batch   D H W voxels in -1..1   K knots
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 KNOTS = 201  # 10 HU apart in a window of 2000
 STRENGTH = 0.8  # of the way to the map: where scans have one value only, gradients still pass
 RANGE = 2001  # bins of the distributions
+PIECE = 2**17  # numbers
 
 
 class Tone(nn.Module):
@@ -27,10 +30,7 @@ class Tone(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """[...] -> [...] in float32; beyond -1..1 the offset is that of the end."""
-        place = (y.clamp(-1, 1) + 1) * ((KNOTS - 1) / 2)
-        below = place.detach().nan_to_num(0.0).floor().clamp(0, KNOTS - 2)
-        pair = self.offset.float().unfold(0, 2, 1)[below.int()]  # [... 2]
-        return y + torch.lerp(pair[..., 0], pair[..., 1], place - below)
+        return _Curve.apply(y, self.offset)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def fit(self, decoded: Tensor, real: Tensor) -> None:
@@ -42,6 +42,38 @@ class Tone(nn.Module):
         target = there.double() / (RANGE - 1) * 2 - 1
         target[0], target[-1] = -1.0, 1.0
         self.offset.copy_(STRENGTH * (target - knots))
+
+
+class _Curve(torch.autograd.Function):
+    """A piece of the volume at a time, forward and backward; nothing but y is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, offset: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(y, offset)
+        out = torch.empty_like(y, memory_format=torch.contiguous_format)
+        for piece, into in zip(y.reshape(-1).split(PIECE), out.view(-1).split(PIECE), strict=True):
+            below, share = _place(piece)
+            into.copy_(piece + torch.lerp(offset[below], offset[below + 1], share))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y, offset = ctx.saved_tensors
+        of_y, of_offset = torch.empty_like(y, memory_format=torch.contiguous_format), torch.zeros_like(offset)
+        pieces = (tensor.split(PIECE) for tensor in (y.reshape(-1), grad.reshape(-1), of_y.view(-1)))
+        for piece, of_piece, into in zip(*pieces, strict=True):
+            below, share = _place(piece)
+            slope = (offset[below + 1] - offset[below]) * ((KNOTS - 1) / 2)
+            into.copy_(of_piece * (1 + slope * (piece.abs() < 1)))
+            of_offset.index_add_(0, below, of_piece * (1 - share)).index_add_(0, below + 1, of_piece * share)
+        return of_y, of_offset
+
+
+def _place(y: Tensor) -> tuple[Tensor, Tensor]:
+    """The knot below each value and how far it is on the way to the next; NaN's share is NaN."""
+    place = (y.clamp(-1, 1) + 1) * ((KNOTS - 1) / 2)
+    below = place.nan_to_num(0.0).long().clamp_(0, KNOTS - 2)
+    return below, place - below
 
 
 def counts(x: Tensor) -> Tensor:
