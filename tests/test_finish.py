@@ -49,11 +49,12 @@ def test_it_moves_the_decoder_alone(finished, tiny_run):
     assert not (finished / "drawn").exists()  # it is of no more use
 
 
-def test_a_curve_is_fitted_before_the_first_step(tiny_dataset, tiny_run, tmp_path, monkeypatch):
+def test_a_curve_is_fitted_before_the_first_step(tiny_dataset, tiny_settings, tmp_path, monkeypatch):
     """Once: a finish of what is finished begins with the curve as it is."""
+    plain = train(tiny_dataset, tmp_path / "plain", overrides=[*tiny_settings, "model.tone=false"])
     fitted = []
     monkeypatch.setattr(Tone, "fit", lambda self, decoded, real: fitted.append((decoded, real)) or self.offset.data.fill_(0.1))
-    first = train(tiny_dataset, tmp_path / "a", stage="finish", overrides=[*FINISH, "model.tone=true"], start=tiny_run)
+    first = train(tiny_dataset, tmp_path / "a", stage="finish", overrides=[*FINISH, "model.tone=true"], start=plain)
     decoded, real = fitted[0]
     assert len(fitted) == 1
     assert decoded.sum() == real.sum() > 1000  # of the same voxels

@@ -79,10 +79,11 @@ def test_a_deeper_decoder_begins_as_the_one_it_began_from(tiny_dataset, tiny_run
     assert len(tensors(sharper)) == len(tensors(run))
 
 
-def test_a_curve_can_be_added_and_not_taken_away(tiny_dataset, tiny_run, tmp_path):
-    run = train(tiny_dataset, tmp_path / "run", stage="prior", overrides=[*QUICK, "model.tone=true"], start=tiny_run)
-    assert set(tensors(run)) - set(tensors(tiny_run)) == {"decoder.tone.offset"}
-    ours, theirs = open_model(run), open_model(tiny_run)
+def test_a_curve_can_be_added_and_not_taken_away(tiny_dataset, tiny_settings, tmp_path):
+    plain = train(tiny_dataset, tmp_path / "plain", overrides=[*tiny_settings, "model.tone=false"])
+    run = train(tiny_dataset, tmp_path / "run", stage="prior", overrides=[*QUICK, "model.tone=true"], start=plain)
+    assert set(tensors(run)) - set(tensors(plain)) == {"decoder.tone.offset"}
+    ours, theirs = open_model(run), open_model(plain)
     latent = ours.draw("normal", 0, 0).latent
     np.testing.assert_array_equal(ours.decode(latent), theirs.decode(latent))
     with pytest.raises(ConfigError, match=r"model.tone=false: the weights to start from have True"):

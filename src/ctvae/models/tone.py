@@ -29,8 +29,8 @@ class Tone(nn.Module):
         self.offset = nn.Parameter(torch.zeros(KNOTS))
 
     def forward(self, y: Tensor) -> Tensor:
-        """[...] -> [...] in float32; beyond -1..1 the offset is that of the end."""
-        return _Curve.apply(y, self.offset)  # type: ignore[no-any-return]
+        """[...] -> [...]; beyond -1..1 the offset is that of the end."""
+        return _Curve.apply(y, self.offset.to(y.dtype))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def fit(self, decoded: Tensor, real: Tensor) -> None:
