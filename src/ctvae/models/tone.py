@@ -10,6 +10,7 @@ Shapes:  B batch   D H W voxels in -1..1   K knots
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 KNOTS = 201  # 10 HU apart in a window of 2000
 STRENGTH = 0.8  # of the way to the map: where scans have one value only, gradients still pass
 RANGE = 2001  # bins of the distributions
-PIECE = 2**17  # numbers
+PIECE, MOST_PIECES = 2**17, 8  # numbers in a piece, or more where there would be more pieces
 
 
 class Tone(nn.Module):
@@ -51,7 +52,7 @@ class _Curve(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, offset: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(y, offset)
         out = torch.empty_like(y, memory_format=torch.contiguous_format)
-        for piece, into in zip(y.reshape(-1).split(PIECE), out.view(-1).split(PIECE), strict=True):
+        for piece, into in zip(_pieces(y.reshape(-1)), _pieces(out.view(-1)), strict=True):
             below, share = _place(piece)
             into.copy_(piece + torch.lerp(offset[below], offset[below + 1], share))
         return out
@@ -60,13 +61,17 @@ class _Curve(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         y, offset = ctx.saved_tensors
         of_y, of_offset = torch.empty_like(y, memory_format=torch.contiguous_format), torch.zeros_like(offset)
-        pieces = (tensor.split(PIECE) for tensor in (y.reshape(-1), grad.reshape(-1), of_y.view(-1)))
+        pieces = (_pieces(tensor) for tensor in (y.reshape(-1), grad.reshape(-1), of_y.view(-1)))
         for piece, of_piece, into in zip(*pieces, strict=True):
             below, share = _place(piece)
             slope = (offset[below + 1] - offset[below]) * ((KNOTS - 1) / 2)
             into.copy_(of_piece * (1 + slope * (piece.abs() < 1)))
             of_offset.index_add_(0, below, of_piece * (1 - share)).index_add_(0, below + 1, of_piece * share)
         return of_y, of_offset
+
+
+def _pieces(flat: Tensor) -> tuple[Tensor, ...]:
+    return flat.split(max(PIECE, math.ceil(len(flat) / MOST_PIECES)))
 
 
 def _place(y: Tensor) -> tuple[Tensor, Tensor]:
