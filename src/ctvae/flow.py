@@ -25,7 +25,8 @@ def logit_normal_times(count: int, generator: torch.Generator, shift: float = 0.
     The lower `shift`, the more of the noisy end is seen, where the layout is decided: of latents whose coarse structure has a
     hundred times the noise's variance that is before t = 0.2.
     """
-    share = (torch.arange(count) + torch.rand(count, generator=generator, device=generator.device)) / count
+    device = generator.device
+    share = (torch.arange(count, device=device) + torch.rand(count, generator=generator, device=device)) / count
     return torch.sigmoid(shift + spread * torch.special.ndtri(share.clamp(1e-6, 1 - 1e-6)))
 
 

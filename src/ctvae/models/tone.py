@@ -36,7 +36,7 @@ class Tone(nn.Module):
     @torch.no_grad()
     def fit(self, decoded: Tensor, real: Tensor) -> None:
         """To the distributions of both, counts in RANGE bins from -1 to 1: [RANGE] each. Both ends stay where they are."""
-        reached, wanted = (counts.double().cumsum(0) / counts.sum().clamp_min(1) for counts in (decoded, real))
+        reached, wanted = (side.double().cumsum(0) / side.sum().clamp_min(1) for side in (decoded, real))
         knots = torch.linspace(-1, 1, KNOTS, dtype=torch.float64)
         place = torch.linspace(0, RANGE - 1, KNOTS).round().long()
         there = torch.searchsorted(wanted, reached[place].clamp(max=1 - 1e-9)).clamp(max=RANGE - 1)  # [K]

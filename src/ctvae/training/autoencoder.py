@@ -214,3 +214,12 @@ def validate(network: Autoencoder, groups: TrainingGroups, run: Run, cfg: Config
         return HeldOut()
     pictures.preview(rows, run.folder / "previews" / f"{name}.png", cfg.data.window_hu)
     return HeldOut(sum(psnrs) / len(psnrs), sum(gaps) / len(gaps))
+
+
+def noisy_latents(network: Autoencoder, x: Tensor, noise: float, random: torch.Generator, ranks: Ranks = ALONE) -> Tensor:
+    """Posterior samples with further noise, `noise` times each channel's spread over the batch: [B Z d h w]."""
+    with torch.no_grad():
+        mean, logvar = network.encode(x)
+        spread = ranks.gathered(mean).std((0, 2, 3, 4), correction=0, keepdim=True)
+        sigma = (logvar.exp() + (noise * spread).square()).sqrt()
+        return mean + sigma * ranks.normal(mean.shape, random).to(mean.device)

@@ -28,7 +28,7 @@ from ctvae.models.wavelet3d import Decoder, Wavelet3DVAE
 from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks
 from ctvae.runlog import Clock, Curve, Run
-from ctvae.training.autoencoder import HeldOut, Reconstruction, load_autoencoder, save_autoencoder, validate
+from ctvae.training.autoencoder import HeldOut, Reconstruction, load_autoencoder, noisy_latents, save_autoencoder, validate
 from ctvae.training.drawn import DrawnLatents
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
@@ -36,7 +36,7 @@ from ctvae.training.moments import Moments
 from ctvae.training.perceptual import PerceptualTerm, perceptual_term
 from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, build_player, gradient_norm
 from ctvae.training.tally import Tally
-from ctvae.training.tone import fit_tone, noisy_latents
+from ctvae.training.tone import fit_tone
 
 COARSE = 4  # voxels
 DRAWING = 0.3  # of the stage's minutes at most

@@ -26,13 +26,13 @@ from ctvae.models.wavelet3d import Wavelet3DVAE
 from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks
 from ctvae.runlog import Clock, Curve, Run
-from ctvae.training.autoencoder import HeldOut, Reconstruction, load_autoencoder, save_autoencoder, validate
+from ctvae.training.autoencoder import HeldOut, Reconstruction, load_autoencoder, noisy_latents, save_autoencoder, validate
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.optimizer import build_optimizer
 from ctvae.training.perceptual import PerceptualTerm, perceptual_term
 from ctvae.training.tally import Tally
-from ctvae.training.tone import fit_tone, noisy_latents
+from ctvae.training.tone import fit_tone
 
 SQUARES = 0.99  # decay of Adam's second moments
 

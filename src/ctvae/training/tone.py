@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from ctvae.device import generator
-from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.tone import RANGE, counts
 from ctvae.models.wavelet3d import Wavelet3DVAE
 from ctvae.ranks import ALONE, Ranks
+from ctvae.training.autoencoder import noisy_latents
 from ctvae.training.groups import TrainingGroups
 
 PATCHES = 64
@@ -43,12 +42,3 @@ def fit_tone(network: Wavelet3DVAE, groups: TrainingGroups, noise: float, seed: 
         return tone.offset.tolist()  # type: ignore[no-any-return]
 
     tone.offset.copy_(torch.tensor(ranks.told(fitted)))
-
-
-def noisy_latents(network: Autoencoder, x: Tensor, noise: float, random: torch.Generator, ranks: Ranks = ALONE) -> Tensor:
-    """Posterior samples with further noise, `noise` times each channel's spread over the batch: [B Z d h w]."""
-    with torch.no_grad():
-        mean, logvar = network.encode(x)
-        spread = ranks.gathered(mean).std((0, 2, 3, 4), correction=0, keepdim=True)
-        sigma = (logvar.exp() + (noise * spread).square()).sqrt()
-        return mean + sigma * ranks.normal(mean.shape, random).to(mean.device)
