@@ -13,7 +13,7 @@ from typing import Any
 
 CARD = (
     *(f"{kind}_{space}" for kind in ("classifier", "frechet", "coverage") for space in ("layout", "texture", "learned")),
-    *("hu_histogram", "noise_spectrum", "slice_continuity"),
+    *("hu_histogram", "noise_spectrum", "noise_spectrum_worst", "slice_continuity"),
 )
 
 

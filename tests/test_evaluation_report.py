@@ -98,7 +98,7 @@ def collapsed(hu: Array, i: int) -> Array:
         (shuffled, ("slice_continuity", "frechet_texture", "classifier_texture")),
         (
             lambda hu, i: hu + np.random.default_rng(i).normal(0, 40, hu.shape),
-            ("noise", "noise_spectrum", "power_spectrum"),
+            ("noise", "noise_spectrum", "noise_spectrum_worst", "power_spectrum"),
         ),
         (lambda hu, i: np.where(np.arange(hu.shape[2]) < 14, -1000, hu), ("frechet_layout", "classifier_layout")),
         (collapsed, ("diversity_nearest", "coverage_texture")),
@@ -110,6 +110,15 @@ def test_each_planted_fault_is_caught_by_the_measure_that_should(fault, caught_b
     for name in caught_by:
         assert not found[name]["within_floor"], (name, found[name])
         assert found[name]["floor_widths"] > control[name]["floor_widths"]
+
+
+@pytest.mark.parametrize("factor", [1.5, 1 / 1.5])
+def test_the_worst_frequency_is_that_of_the_largest_ratio_of_means(factor):
+    real = np.random.default_rng(0).uniform(10, 20, (9, 4))
+    spectra = real * (1.0, 1.1, factor, 0.9)
+    assert realism.percent_at_worst(spectra, real) == pytest.approx(50)
+    assert realism.percent_at_worst(real, real) == 0
+    assert realism.decibels_apart(spectra, real) == pytest.approx(10 * np.sqrt(np.mean(np.log10((1, 1.1, 1.5, 0.9)) ** 2)))
 
 
 def test_an_offset_moves_the_histogram_by_itself(control):

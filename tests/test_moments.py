@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ctvae.training.moments import AIR, AIR_BINS, BINS, LAGS, SOFT_BINS, Moments, statistics
+from ctvae.training.moments import AIR, AIR_BINS, BINS, CELL, LAGS, LEVELS, SMALL, SOFT_BINS, Moments, statistics
 
 SOFT = (-0.2, 0.3)
 
@@ -16,7 +16,10 @@ def patches(seed: int, scale: float = 1.0, shape=(2, 1, 8, 12, 16)) -> torch.Ten
 
 
 SHARES = slice(0, BINS - AIR_BINS)
-BANDS = slice(SHARES.stop, SHARES.stop + 14)  # of the whole range, and 14 more of the soft tissue window
+BANDS = slice(SHARES.stop, SHARES.stop + 7 * LEVELS)  # of the whole range, and as many of the soft tissue window
+CELLS = slice(-2 * CELL**3, None)  # the mean faint one, and that of tissue
+FAINT_BANDS = slice(CELLS.start - 14, CELLS.start)
+STEPS = slice(FAINT_BANDS.start - 3 * (len(LAGS) + len(SMALL)), FAINT_BANDS.start)
 
 
 def test_shares_are_a_cumulative_histogram_of_what_is_not_air():
@@ -48,7 +51,7 @@ def test_soft_tissue_has_a_finer_histogram():
     x = patches(3)
     low, high = SOFT
     inside = x[x > AIR].clamp(low, high).numpy()
-    found = statistics(x, SOFT)[BANDS.stop + 14 : BANDS.stop + 14 + SOFT_BINS - 1].numpy()
+    found = statistics(x, SOFT)[BANDS.stop + 7 * LEVELS : BANDS.stop + 7 * LEVELS + SOFT_BINS - 1].numpy()
     half = (high - low) / (SOFT_BINS - 1) / 2
     exact = np.histogram(inside, bins=SOFT_BINS, range=(low - half, high + half))[0].cumsum() / inside.size
     np.testing.assert_allclose(found, exact[:-1], atol=0.02)  # shared by the nearest two, where numpy gives all to one
@@ -65,14 +68,34 @@ def test_steps_are_mean_differences_where_both_voxels_are_in_soft_tissue():
     x = patches(1)
     low, high = SOFT
     array = x[:, 0].numpy()
-    found = statistics(x, SOFT)[-3 * len(LAGS) :].numpy()
     exact = []
     for axis in (1, 2, 3):
         for lag in LAGS:
             ahead, behind = np.moveaxis(array, axis, 0)[lag:], np.moveaxis(array, axis, 0)[:-lag]
             both = (ahead > low) & (behind > low)
-            exact.append(np.abs(np.clip(ahead, low, high) - np.clip(behind, low, high))[both].mean() / (high - low))
-    np.testing.assert_allclose(found, exact, rtol=1e-5)
+            step = np.abs(np.clip(ahead, low, high) - np.clip(behind, low, high))[both] / (high - low)
+            exact += [np.minimum(step, most).mean() for most in ((1, *SMALL) if lag == 1 else (1,))]
+    np.testing.assert_allclose(statistics(x, SOFT)[STEPS], exact, rtol=1e-5)
+
+
+def test_a_lattice_is_the_mean_cell_of_where_it_lies():
+    """In lungs, and none in tissue: the mean faint cell is the lattice, and that of tissue as good as nothing."""
+    random = torch.Generator().manual_seed(0)
+    lattice = 0.1 * torch.randn(CELL, CELL, CELL, generator=random).clamp(-1, 1)
+    lung = -0.8 + 0.02 * torch.randn(1, 1, 32, 32, 32, generator=random)
+    found = statistics(torch.cat((lung + lattice.repeat(8, 8, 8), patches(3, 0.1, (1, 1, 32, 32, 32)))), SOFT)
+    faint, tissue = found[CELLS].chunk(2)
+    torch.testing.assert_close(faint, (lattice - lattice.mean()).flatten(), atol=0.006, rtol=0)
+    assert tissue.abs().max() < 0.02
+    assert tissue.std() < faint.std() / 10
+    bands = found[FAINT_BANDS]
+    assert bands[:7].sum() > 3 * statistics(lung, SOFT)[FAINT_BANDS][:7].sum()
+
+
+def test_a_patch_too_small_for_a_level_has_none_of_it():
+    bands = statistics(patches(1, shape=(1, 1, 4, 8, 8)), SOFT)[BANDS].view(LEVELS, 7)
+    assert (bands[:2] > 0).all()
+    assert not bands[2].any()
 
 
 def test_bands_of_a_checkerboard_lie_in_one_band():
@@ -80,7 +103,8 @@ def test_bands_of_a_checkerboard_lie_in_one_band():
     board = signs.view(2, 1, 1) * signs.view(1, 2, 1) * signs.view(1, 1, 2)
     x = 0.5 * board.repeat(4, 4, 4)[None, None]
     bands = statistics(x, (-1.0, 1.0))[BANDS]
-    assert bands.tolist() == pytest.approx([0] * 6 + [0.5] + [0] * 7)  # the finest level's last: high along all three axes
+    high_along_all_axes = [0.0] * 6 + [0.5]
+    assert bands.tolist() == pytest.approx(high_along_all_axes + [0.0] * 7 * (LEVELS - 1))
 
 
 def test_nothing_pulls_where_means_agree():
@@ -104,6 +128,22 @@ def test_contrast_is_brought_to_what_real_patches_have():
             loss.backward()
         optimizer.step()
     assert scale.item() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("pushed", [-0.3, 0.3])
+def test_means_come_to_agree_against_a_loss_that_pulls_the_other_way(pushed):
+    """As an adversary does: without multipliers the two would end in a compromise."""
+    scale = torch.tensor(1.0, requires_grad=True)
+    optimizer = torch.optim.SGD([scale], lr=0.005)
+    moments, late = Moments(SOFT), []
+    for step in range(1500):
+        loss = moments(0.05 + scale * (patches(5000 + step) - 0.05), patches(step))
+        optimizer.zero_grad()
+        (loss - pushed * scale).backward()
+        optimizer.step()
+        late.append(scale.item())
+    assert np.mean(late[-300:]) == pytest.approx(1, abs=0.04)
+    assert moments.multiplier.abs().max() > 0.1
 
 
 def test_averages_over_processes_are_what_is_observed():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ctvae.models import tone as tone_module
-from ctvae.models.tone import KNOTS, RANGE, STRENGTH, Tone, counts
+from ctvae.models.tone import KNOTS, RANGE, STEEPEST, STRENGTH, Tone, counts
 
 
 def normal(mean: float, spread: float, seed: int, count: int = 400_000) -> torch.Tensor:
@@ -87,3 +87,18 @@ def test_gradients_are_those_of_autograd(monkeypatch):
 
 def test_what_is_not_a_number_stays_so():
     assert Tone()(torch.tensor([0.5, float("nan")])).isnan().tolist() == [False, True]
+
+
+def test_a_jump_becomes_a_ramp_about_its_middle():
+    """Decoded values anywhere between -0.9 and -0.7, real ones at either: what lies in between is not thrown to one side."""
+    tone = Tone()
+    random = np.random.default_rng(0)
+    decoded = torch.from_numpy(np.concatenate((random.uniform(-0.9, -0.7, 50_000), random.uniform(0, 0.5, 50_000))))
+    real = torch.from_numpy(np.concatenate((np.repeat((-0.95, -0.65), 25_000), random.uniform(0, 0.5, 50_000))))
+    tone.fit(counts(decoded), counts(real))
+    y = torch.linspace(-1, 1, 2001)
+    slope = tone(y).detach().diff() / y.diff()
+    assert slope.max() < 1 + STRENGTH * (STEEPEST - 1) + 0.01
+    assert slope.max() > 1 + STRENGTH * (STEEPEST - 1) - 0.05
+    middle = tone(torch.tensor([-0.8])).item()
+    assert middle == pytest.approx(-0.8, abs=0.01)

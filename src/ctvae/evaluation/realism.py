@@ -237,12 +237,26 @@ def _grain(scans: Sequence[Summary]) -> Iterator[Measure]:
         "Root mean square difference of the two mean noise spectra in those patches: strength and grain of the noise.",
         "grain", lambda a, b: decibels_apart(noise[a], noise[b]), usable=has_noise, bounds=(0.0, np.inf),
     )  # fmt: skip
+    yield Measure(
+        "noise_spectrum_worst", "Noise power spectrum, worst frequency", "%", "lower", 3,
+        "The same at the frequency where the two mean spectra differ most, the larger over the smaller: 20 is a fifth more.",
+        "grain", lambda a, b: percent_at_worst(noise[a], noise[b]), usable=has_noise, bounds=(0.0, np.inf),
+    )  # fmt: skip
 
 
 def decibels_apart(a: Array, b: Array) -> float:
     """Root mean square difference in dB between the mean spectra of a [n bins] and b [m bins]."""
-    ratio = np.log10(np.maximum(a.mean(axis=0), 1e-6)) - np.log10(np.maximum(b.mean(axis=0), 1e-6))
-    return float(10 * np.sqrt(np.mean(ratio**2)))
+    return float(np.sqrt(np.mean(_decibels(a, b) ** 2)))
+
+
+def percent_at_worst(a: Array, b: Array) -> float:
+    """By how many percent the larger of the two mean spectra [n bins], [m bins] exceeds the other where that is most."""
+    return float(100 * (10 ** (np.abs(_decibels(a, b)).max() / 10) - 1))
+
+
+def _decibels(a: Array, b: Array) -> Array:
+    """[bins]"""
+    return 10 * (np.log10(np.maximum(a.mean(axis=0), 1e-6)) - np.log10(np.maximum(b.mean(axis=0), 1e-6)))
 
 
 def _distribution(space: str, name: str, z: Array, patients: NDArray, seed: int) -> Iterator[Measure]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 KNOTS = 201  # 10 HU apart in a window of 2000
 STRENGTH = 0.8  # of the way to the map: where scans have one value only, gradients still pass
+STEEPEST = 2.0  # of the map: more would blow up what little a decoder is off by, between air and lung above all
 RANGE = 2001  # bins of the distributions
 PIECE, MOST_PIECES = 2**17, 8  # numbers in a piece, or more where there would be more pieces
 
@@ -35,14 +36,29 @@ class Tone(nn.Module):
 
     @torch.no_grad()
     def fit(self, decoded: Tensor, real: Tensor) -> None:
-        """To the distributions of both, counts in RANGE bins from -1 to 1: [RANGE] each. Both ends stay where they are."""
+        """To the distributions of both, counts in RANGE bins from -1 to 1: [RANGE] each. Both ends stay where they are.
+
+        Where the map is steeper than STEEPEST, as at a jump, there is a ramp about the jump's middle instead.
+        """
         reached, wanted = (side.double().cumsum(0) / side.sum().clamp_min(1) for side in (decoded, real))
         knots = torch.linspace(-1, 1, KNOTS, dtype=torch.float64)
         place = torch.linspace(0, RANGE - 1, KNOTS).round().long()
         there = torch.searchsorted(wanted, reached[place].clamp(max=1 - 1e-9)).clamp(max=RANGE - 1)  # [K]
         target = there.double() / (RANGE - 1) * 2 - 1
         target[0], target[-1] = -1.0, 1.0
+        rise = STEEPEST * (knots + 1)
+        target = gentle(target, STEEPEST * 2 / (KNOTS - 1)).minimum(rise - 1).maximum(1 - rise.flip(0))
         self.offset.copy_(STRENGTH * (target - knots))
+
+
+def gentle(values: Tensor, most: float) -> Tensor:
+    """A curve [K] that nowhere climbs or falls by more than `most` between neighbours, and keeps to rising if `values` do.
+
+    The mean of the least and the greatest such curve that touch `values` from below and from above (McShane 1934).
+    """
+    place = torch.arange(len(values), dtype=values.dtype, device=values.device)
+    reach = most * (place[:, None] - place).abs()
+    return ((values + reach).amin(1) + (values - reach).amax(1)) / 2
 
 
 class _Curve(torch.autograd.Function):

@@ -5,9 +5,11 @@ much neighbours differ in soft tissue, how strong each wavelet band is. Two patc
 only their means over many patches can be compared. So running means are kept of both sides, and each patch is pulled by how far
 the means are apart:
 
-    loss = sum_k  e_k T_k(y) / (K s_k),   e_k = (mean T_k(fake) - mean T_k(real)) / s_k,   s_k: T_k(real)'s spread over batches
+    loss = sum_k  (e_k + m_k) T_k(y) / (K s_k),   e_k = (mean T_k(fake) - mean T_k(real)) / s_k,   s_k: T_k(real)'s spread
 
-which is the gradient of the squared distance of the means, without the bias that a distance within small batches has.
+The first part is the gradient of the squared distance of the means, without the bias that a distance within small batches has.
+Where another loss pulls the other way it ends in a compromise: so the means' equality is a constraint whose multiplier m_k grows
+by RATE e_k a step, until nothing is left (Platt and Barr 1988).
 (Portilla and Simoncelli 2000 for such statistics of texture; Heitz et al. 2021 for matching distributions without an adversary.)
 
 Shapes:  B batch   D H W voxels in -1..1   K statistics
@@ -28,8 +30,14 @@ SOFT_BINS = 41  # 10 HU each from -160 to 240 HU: fat and muscle are narrow peak
 AIR_BINS = 2  # the lowest
 AIR = -0.9
 LEAST_SHARE = 0.05  # of a patch: in less that is not air there is little to see
+LEVELS = 3  # of Haar bands: up to 8 voxels
+CELL = 4  # voxels along each axis, of two Haar levels: a decoder's own lattice
 LAGS = (1, 2, 4)
+SMALL = (0.025, 0.0625, 0.15)  # of the soft tissue window: 10, 25 and 60 HU. Larger differences count as one of these
+FAINT = (-0.95, -0.3)  # the highest value of a cell in lungs, or in air that is not empty
 MOST_OFF = 3.0  # spreads, beyond which nothing pulls harder
+RATE = 0.01  # of the multipliers, a step
+MOST_DUE = 20.0  # of a multiplier
 DECAY = 0.97
 FEWEST = 5  # batches before anything is compared
 
@@ -41,21 +49,24 @@ class Moments(nn.Module):
     real: Tensor
     fake: Tensor
     square: Tensor
+    multiplier: Tensor
 
     def __init__(self, soft: tuple[float, float], average: Callable[[Tensor], Tensor] = lambda values: values):
         """`soft`: the soft tissue window in -1..1. `average` is over processes that train together."""
         super().__init__()
         self.soft, self.average = (soft if soft[0] < soft[1] else (-1.0, 1.0)), average
-        size = BINS - AIR_BINS + SOFT_BINS - 1 + 3 * len(LAGS) + 4 * (haar.bands((2, 2, 2)) - 1)
-        self.real, self.fake, self.square = (nn.Buffer(torch.zeros(size)) for _ in range(3))
+        bands = (2 * LEVELS + 2) * (haar.bands((2, 2, 2)) - 1)
+        size = BINS - AIR_BINS + SOFT_BINS - 1 + bands + 3 * (len(LAGS) + len(SMALL)) + 2 * CELL**3
+        self.real, self.fake, self.square, self.multiplier = (nn.Buffer(torch.zeros(size)) for _ in range(4))
         self.seen = nn.Buffer(torch.zeros(()))
 
     def forward(self, fake: Tensor, real: Tensor) -> Tensor:  # [B 1 D H W] each
         """The loss. Means are those before these patches, so that nothing is pulled by itself alone."""
         values = statistics(fake, self.soft)
-        off = torch.where(self.seen >= FEWEST, self.off(), 0.0)
-        loss = (off.clamp(-MOST_OFF, MOST_OFF) * values / self._spread()).mean()
+        off = torch.where(self.seen >= FEWEST, self.off(), 0.0).clamp(-MOST_OFF, MOST_OFF)
+        loss = ((off + self.multiplier) * values / self._spread()).mean()
         self._observe(values.detach(), statistics(real, self.soft).detach())
+        self.multiplier.add_(RATE * off).clamp_(-MOST_DUE, MOST_DUE)
         return loss
 
     def off(self) -> Tensor:
@@ -75,12 +86,14 @@ class Moments(nn.Module):
 def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     """Of patches x [B 1 D H W]: [K].
 
-    How often values below each of BINS from -1 to 1 occur, air aside; size of the detail bands of two Haar levels, of the whole
-    range and of the soft tissue window; how often values below each of SOFT_BINS of it occur; mean |difference| of neighbours at
-    LAGS along D, H, W, both in it, in its widths.
+    How often values below each of BINS from -1 to 1 occur, air aside; size of the detail bands of LEVELS Haar levels, of the
+    whole range and of the soft tissue window; how often values below each of SOFT_BINS of it occur; mean |difference| of
+    neighbours along D, H, W, both in it, in its widths, at LAGS, and of next neighbours with those above each of SMALL counted
+    as that; size of the detail bands of two levels in faint cells; the mean faint cell and the mean cell of tissue, less their
+    own means: nothing in scans, and in what is decoded the lattice that a decoder leaves.
     Air counts for nothing: how much of a patch is air is a matter of where it lies, and nothing is to be gained by ripples in it.
     """
-    d, h, w = (size // 4 * 4 for size in x.shape[2:])
+    d, h, w = (size // CELL * CELL for size in x.shape[2:])
     x = x[..., :d, :h, :w].float().clamp(-1, 1)
     low, high = soft
     inside = (x.detach() > AIR).float()
@@ -88,7 +101,13 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     scaled = window - (low + high) / (high - low)  # -1..1
     shares = _cumulative(x, BINS, torch.ones_like(inside), AIR_BINS) / _size(inside)
     fine = _cumulative(scaled, SOFT_BINS, inside)[:-1] / _size(inside)
-    return torch.cat([shares, _bands(x, inside), _bands(window, inside), fine, _steps(x, low, high)])
+    most, least = F.max_pool3d(x.detach(), CELL), -F.max_pool3d(-x.detach(), CELL)
+    faint, tissue = ((most > FAINT[0]) & (most < FAINT[1])).float(), (least > low).float()  # [B 1 d h w] cells
+    in_faint = F.interpolate(faint, scale_factor=CELL, mode="nearest")
+    return torch.cat([
+        shares, _bands(x, inside), _bands(window, inside), fine, _steps(x, low, high),
+        _bands(x, in_faint, 2), _mean_cell(x, faint), _mean_cell(window, tissue),
+    ])  # fmt: skip
 
 
 def _cumulative(x: Tensor, bins: int, weight: Tensor, first: int = 0) -> Tensor:
@@ -111,18 +130,32 @@ def _steps(x: Tensor, low: float, high: float) -> Tensor:
             length = x.shape[axis] - lag
             both = inside.narrow(axis, 0, length) & inside.narrow(axis, lag, length)
             step = (clipped.narrow(axis, lag, length) - clipped.narrow(axis, 0, length)).abs()
-            found.append((step * both).sum() / both.sum().clamp_min(1))
+            most = (1.0, *SMALL) if lag == 1 else (1.0,)
+            found += [(step.clamp(max=value) * both).sum() / both.sum().clamp_min(1) for value in most]
     return torch.stack(found)
 
 
-def _bands(x: Tensor, inside: Tensor) -> Tensor:
-    """Where a cell holds anything but air."""
+def _bands(x: Tensor, inside: Tensor, levels: int = LEVELS) -> Tensor:
+    """Where a cell holds anything `inside`. Of a level that a patch is too small for, zeros."""
     found = []
-    for _ in range(2):
+    for _ in range(levels):
+        d, h, w = (size // 2 * 2 for size in x.shape[2:])
+        if not d * h * w:
+            found.append(x.new_zeros(haar.bands((2, 2, 2)) - 1))
+            continue
+        x, inside = x[..., :d, :h, :w], inside[..., :d, :h, :w]
         bands, inside = haar.forward(x), F.max_pool3d(inside, 2)  # [B 8 d h w], [B 1 d h w]
         found.append((bands[:, 1:].abs() * inside).sum((0, 2, 3, 4)) / _size(inside))
         x = bands[:, :1]
     return torch.cat(found)
+
+
+def _mean_cell(x: Tensor, chosen: Tensor) -> Tensor:
+    """Of x [B 1 D H W] over the `chosen` cells [B 1 d h w], less its own mean: [CELL^3]."""
+    d, h, w = chosen.shape[2:]
+    cells = (x * F.interpolate(chosen, scale_factor=CELL, mode="nearest")).reshape(-1, d, CELL, h, CELL, w, CELL)
+    total = cells.sum((0, 1, 3, 5)).flatten() / _size(chosen)
+    return total - total.mean()
 
 
 def _size(inside: Tensor) -> Tensor:
