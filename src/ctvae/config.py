@@ -258,7 +258,7 @@ class Prior(Training):
     choose_average: bool = Field(True, description="after training, average the weights for as long as lowers the held-out loss")
     shard: bool = Field(False, description="cut the network up over the processes of torchrun: each trains and holds its share")
     sampling_steps: int = Field(20, ge=1, le=10_000, description="steps of the solver at generation, whichever solver it is")
-    guidance: float = Field(1.0, ge=0, allow_inf_nan=False, description="classifier-free guidance by the conditions; 1: none")
+    guidance: float = Field(1.5, ge=0, allow_inf_nan=False, description="classifier-free guidance by the conditions; 1: none")
     autoguidance: float = Field(1.0, ge=0, allow_inf_nan=False, description="guidance away from the Gaussian; 1: none")
     time_shift: float = Field(-0.8, ge=-10, le=10, description="of the logit of training times: lower is nearer to the noise")
     time_spread: Positive = Field(1.4, description="of the logit of training times")
