@@ -37,7 +37,7 @@ SMALL = (0.025, 0.0625, 0.15)  # of the soft tissue window: 10, 25 and 60 HU. La
 FAINT = (-0.95, -0.3)  # the highest value of a cell in lungs, or in air that is not empty
 MOST_OFF = 3.0  # spreads, beyond which nothing pulls harder
 RATE = 0.01  # of the multipliers, a step
-MOST_DUE = 20.0  # of a multiplier
+MOST_DUE = 3.0  # of a multiplier: with 20, 3,000 steps made outlines dissolve
 DECAY = 0.97
 FEWEST = 5  # batches before anything is compared
 
