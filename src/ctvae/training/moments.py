@@ -9,7 +9,7 @@ the means are apart:
 
 The first part is the gradient of the squared distance of the means, without the bias that a distance within small batches has.
 Where another loss pulls the other way it ends in a compromise: so the means' equality is a constraint whose multiplier m_k grows
-by RATE e_k a step, until nothing is left (Platt and Barr 1988).
+by RATE e_k a step, until nothing is left or it has come to MOST_DUE (Platt and Barr 1988).
 (Portilla and Simoncelli 2000 for such statistics of texture; Heitz et al. 2021 for matching distributions without an adversary.)
 
 Shapes:  B batch   D H W voxels in -1..1   K statistics
