@@ -324,7 +324,7 @@ def test_a_plain_folder_of_real_scans_will_do_and_few_scans_are_said_so(tmp_path
 @pytest.mark.parametrize(
     ("judged", "outside", "headline"),
     [
-        (6, 0, "Too few scans for most measures; the others see no difference."),
+        (6, 0, "Too few scans for most measures; the others see no more than real scans differ by."),
         (6, 2, "Too few scans for most measures; the others see differences that can be measured."),
         (6, 3, "The synthetic scans can be told from real ones."),
         (12, 1, "As far as these measures see, the synthetic scans look like real ones."),

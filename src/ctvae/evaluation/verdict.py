@@ -68,10 +68,11 @@ def _headline(
     told = any(e["id"].startswith("classifier_") and e["value"] >= TOLD_APART_AUC for e in outside)
     if told or len(outside) > 0.4 * len(judged):
         return "The synthetic scans can be told from real ones."
+    by_chance = len(outside) <= chance["most"]
     if len(judged) < MOSTLY * total:
-        seen = "see no difference" if len(outside) <= chance["most"] else "see differences that can be measured"
-        return f"Too few scans for most measures; the others {seen}."
-    if len(outside) <= chance["most"]:
+        seen = "no more than real scans differ by" if by_chance else "differences that can be measured"
+        return f"Too few scans for most measures; the others see {seen}."
+    if by_chance:
         return "As far as these measures see, the synthetic scans look like real ones."
     return "The synthetic scans are close to real ones, with differences that can be measured."
 
