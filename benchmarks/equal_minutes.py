@@ -127,6 +127,8 @@ class Bench:
 
     def run(self, name: str, progress_of: Callable[[int, float], float], cfg: Config, label: str) -> dict:
         network = self.network(name)
+        if self.arguments.start and name != "AutoencoderKL":
+            network.load_state_dict(load(Path(self.arguments.start))[0])
         start = time.perf_counter()
         steps, seconds = train(network, cfg, self.training, progress_of)
         waited = time.perf_counter() - start - seconds
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--crop", type=int, nargs=3, default=(64, 128, 128), metavar=("D", "H", "W"))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--pilot", type=int, default=0, help="steps of the peer's pilot; 0: none, our optimiser")
+    parser.add_argument("--start", metavar="FILE", help="weights of an earlier wavelet3d of the same sizes to go on from")
     parser.add_argument("--only", choices=("wavelet3d", "AutoencoderKL"))
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="as for ctvae train")
     bench = Bench(parser.parse_args())

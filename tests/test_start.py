@@ -90,6 +90,25 @@ def test_a_curve_can_be_added_and_not_taken_away(tiny_dataset, tiny_settings, tm
         train(tiny_dataset, tmp_path / "less", stage="prior", overrides=[*QUICK, "model.tone=false"], start=run)
 
 
+def test_a_local_network_can_be_added_to_a_flow(tiny_dataset, tiny_run, tmp_path):
+    detail = ["prior.detail_width=8", "prior.detail_blocks=1"]
+    run = train(tiny_dataset, tmp_path / "run", stage="prior", overrides=[*QUICK, *detail, "prior.lr=1e-12"], start=tiny_run)
+    ours, theirs = (tensors(folder, "prior-flow.safetensors") for folder in (run, tiny_run))
+    new = set(ours) - set(theirs)
+    assert new
+    assert all(name.startswith("flow.detail.") for name in new)
+    drawn, before = (open_model(folder).draw("flow", 0, 0).latent for folder in (run, tiny_run))
+    torch.testing.assert_close(drawn, before, rtol=1e-3, atol=1e-3)  # it begins without effect
+    again = train(tiny_dataset, tmp_path / "again", stage="prior", overrides=[*QUICK, "prior.lr=1e-12"], start=run)
+    kept = tensors(again, "prior-flow.safetensors")
+    assert set(kept) == set(ours)
+    name = "flow.detail.blocks.0.conv1.weight"
+    torch.testing.assert_close(kept[name], ours[name])
+    for other in ("prior.detail_width=16", "prior.detail_width=0", "prior.detail_blocks=2"):
+        with pytest.raises(ConfigError, match=rf"{other}: the weights to start from have"):
+            train(tiny_dataset, tmp_path / "other", stage="prior", overrides=[*QUICK, other], start=run)
+
+
 @pytest.mark.parametrize("blocks", ["[0,0]", "[3]", "[3,0]", "deep"])
 def test_a_decoder_is_not_shallower_than_its_weights(tiny_dataset, tiny_run, tmp_path, blocks):
     with pytest.raises(ConfigError, match=r"model.decoder_blocks=.*: the weights to start from have \[1, 1\]; as many or more"):

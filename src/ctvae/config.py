@@ -247,6 +247,8 @@ class Prior(Training):
     widths: Widths = Field((96, 160, 192), description="channels of the U-Net per resolution, fine to coarse")
     blocks: int = Field(2, ge=1, le=64, description="residual blocks per resolution, down and up")
     fold: bool = Field(False, description="2x2x2 latent voxels are one of the U-Net's: an eighth of the work on fine latents")
+    detail_width: int = Field(0, ge=0, le=4096, description="channels of a local network on the latents' own grid; 0: none")
+    detail_blocks: int = Field(3, ge=1, le=64, description="residual blocks of that network")
     rank: int = Field(64, ge=0, le=4096, description="principal directions of the Gaussian that the flow starts from")
     mlp_width: int = Field(512, ge=8, le=8192, description="width of the MLP for vector latents")
     encodings: int = Field(2, ge=1, le=1024, description="stored per training group: the first as it is, others augmented")

@@ -92,15 +92,15 @@ class Level(nn.Module):
 
 
 class Velocity(nn.Module):
-    """velocity(x_t, t, c) = Wiener(x_t, t) + correction(x_t, Wiener's guess of x_1, t, c).
+    """velocity(x_t, t, c) = Wiener(x_t, t) + correction(x_t, Wiener's guess of x_1, t, c) + detail(x_t, their guess, t, c).
 
-    The correction starts at zero, so an untrained network is the fitted Gaussian prior. No preconditioning is needed: given
-    x_t the velocity's variance lies between the data's and 1 along every direction (`wiener.py`).
+    Both start at zero, so an untrained network is the fitted Gaussian prior. No preconditioning is needed: given x_t the
+    velocity's variance lies between the data's and 1 along every direction (`wiener.py`).
     """
 
-    def __init__(self, correction: nn.Module, wiener: WienerVelocity):
+    def __init__(self, correction: nn.Module, wiener: WienerVelocity, detail: nn.Module | None = None):
         super().__init__()
-        self.correction = correction
+        self.correction, self.detail = correction, detail
         self.mean, self.factors, self.rest = (nn.Buffer(tensor.clone()) for tensor in wiener.tensors().values())
 
     def linear(self, x: Tensor, t: Tensor) -> Tensor:  # [B C ...], [B]
@@ -109,9 +109,12 @@ class Velocity(nn.Module):
             return WienerVelocity(self.mean, self.factors, self.rest)(x.float(), t)
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B C ...], [B], [B K]
-        linear = self.linear(x, t)
-        guess = x + (1 - t.view(-1, *[1] * (x.ndim - 1))) * linear
-        return linear + self.correction(torch.cat((x, guess), dim=1), t, c).float()  # [B C ...]
+        velocity = self.linear(x, t)
+        for correction in (self.correction, self.detail):
+            if correction is not None:
+                guess = x + (1 - t.view(-1, *[1] * (x.ndim - 1))) * velocity  # of x_1
+                velocity = velocity + correction(torch.cat((x, guess), dim=1), t, c).float()
+        return velocity  # [B C ...]
 
 
 class UNet(nn.Module):
@@ -151,6 +154,34 @@ class UNet(nn.Module):
             skip = skips.pop()
             x = F.interpolate(x, size=skip.shape[2:], mode="nearest")
             x = level(merge(torch.cat((skip, x), dim=1)), e)
+        return self.out(F.silu(self.norm(x)))  # [B C d h w]
+
+
+class Detail(nn.Module):
+    """Convolutions on the latents' own grid, for what a U-Net that folds it leaves: how close neighbours go together.
+
+    Each voxel sees `reach` voxels to every side and not where it lies, so all places of all scans teach the same weights.
+    """
+
+    def __init__(self, channels: int, conditions: int, width: int, blocks: int):
+        super().__init__()
+        self.embedding = Embedding(conditions)
+        self.entry = Conv(2 * channels, width, kernel_size=3, padding=1)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.norm = ChannelNorm(width)
+        self.out = Conv(width, channels, kernel_size=3, padding=1)
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
+
+    @property
+    def reach(self) -> int:
+        return 2 * len(self.blocks) + 2
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B 2C d h w], [B], [B K]
+        e = self.embedding(t, c)
+        x = self.entry(x)
+        for block in self.blocks:
+            x = block(x, e)
         return self.out(F.silu(self.norm(x)))  # [B C d h w]
 
 

@@ -21,7 +21,7 @@ from ctvae.checkpoint import EMA, Best, save
 from ctvae.config import Config, Prior
 from ctvae.device import generator, make_fabric, place
 from ctvae.latents import LatentCode, LatentSet
-from ctvae.models.velocity import UNet, VectorNet, Velocity
+from ctvae.models.velocity import Detail, UNet, VectorNet, Velocity
 from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks
 from ctvae.runlog import Clock, Curve, Run
@@ -81,7 +81,8 @@ class FlowObjective(nn.Module):
 def build_velocity(cfg: Prior, latent_shape: tuple[int, ...], known: int, wiener: WienerVelocity) -> Velocity:
     """The flow's network for latents of `latent_shape`, [Z d h w] or [N Z], told `known` conditions."""
     if len(latent_shape) == 4:
-        return Velocity(UNet(latent_shape[0], known, cfg.widths, cfg.blocks, cfg.fold), wiener)
+        detail = Detail(latent_shape[0], known, cfg.detail_width, cfg.detail_blocks) if cfg.detail_width else None
+        return Velocity(UNet(latent_shape[0], known, cfg.widths, cfg.blocks, cfg.fold), wiener, detail)
     return Velocity(VectorNet(math.prod(latent_shape), known, cfg.mlp_width, blocks=4), wiener)
 
 

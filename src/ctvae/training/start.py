@@ -31,15 +31,17 @@ from ctvae.runlog import Run
 
 AUTOENCODER, FLOW, NORMAL = "autoencoder.safetensors", "prior-flow.safetensors", "prior-normal.safetensors"
 FILES = ("config.yaml", AUTOENCODER, FLOW, NORMAL)
+LEARNED, FITTED = ("flow.correction.", "flow.detail."), ("flow.mean", "flow.factors", "flow.rest")
 TOLD = "condition.0.weight"  # of the flow's networks: the first layer that the conditions meet
 WEIGHTS_DECIDE = {  # settings that the weights fix
     "model": None,  # all but how they are computed with
     "data": ("window_hu",),
-    "prior": ("widths", "blocks", "mlp_width"),
+    "prior": ("widths", "blocks", "fold", "mlp_width", "detail_width", "detail_blocks"),
 }
 NOT_OF_THE_WEIGHTS = {"checkpointing"}
 DEEPER = "model.decoder_blocks"  # may be more than those of the weights: new ones begin as the identity
-TONE = "model.tone"  # likewise
+ADDED = {"model.tone": "model.tone", "prior.detail_width": "prior.detail_width", "prior.detail_blocks": "prior.detail_width"}
+# likewise, a setting may be given for what the weights lack by the setting after it
 
 
 def settings_of(model: Path, pinned: Sequence[str]) -> tuple[str, list[str]]:
@@ -59,12 +61,17 @@ def settings_of(model: Path, pinned: Sequence[str]) -> tuple[str, list[str]]:
             if key == DEEPER and key in given:
                 _refuse_shallower(cfg.model, given[key])
                 continue
-            if key == TONE and not value and key in given:
+            if key in ADDED and key in given and not _value(tree, ADDED[key]):
                 continue
             if key in given and files.parsed_yaml(given[key]) != value:
                 raise ConfigError(f"{key}={given[key]}: the weights to start from have {value}; leave it out, or --from")
             overrides.append(f"{key}={'null' if value is None else value}")
     return cfg.method, overrides
+
+
+def _value(tree: dict[str, Any], key: str) -> Any:
+    section, name = key.split(".")
+    return tree[section][name]
 
 
 def _refuse_shallower(model: Any, given: str) -> None:
@@ -142,21 +149,23 @@ def _deepened(tensors: dict[str, Tensor], network: nn.Module, run: Run) -> dict[
 def load_flow(run: Run, network: nn.Module, names: Sequence[str]) -> bool:
     """Gives the flow's network, told the conditions `names`, the weights to start from; False where there are none that fit.
 
-    A condition that the other model was not told begins without effect.
+    A condition that the other model was not told begins without effect, and so does a local network that it lacked.
     """
     path = run.folder / "from" / FLOW
     if not started(run) or not path.is_file():
         return False
     tensors, meta = load(path)
-    below = "flow.correction."
-    held = {name.removeprefix(below): value.float() for name, value in tensors.items() if name.startswith(below)}
-    correction: Any = network.correction
-    own = correction.state_dict()
-    for name in [name for name in held if name.endswith(TOLD)]:
-        held[name] = _told(held[name], list(meta.get("conditions", BEFORE_NAMES)), list(names))
+    learned = {name.removeprefix("flow."): value.float() for name, value in tensors.items() if name.startswith(LEARNED)}
+    own = network.state_dict()
+    held = {name: value for name, value in own.items() if f"flow.{name}".startswith(FITTED)}
+    if not any(name.startswith("detail.") for name in learned):
+        held |= {name: value for name, value in own.items() if name.startswith("detail.")}
+    for name in [name for name in learned if name.endswith(TOLD)]:
+        learned[name] = _told(learned[name], list(meta.get("conditions", BEFORE_NAMES)), list(names))
+    held |= learned
     if {name: v.shape for name, v in held.items()} != {name: v.shape for name, v in own.items()}:
         return False
-    correction.load_state_dict(held)
+    network.load_state_dict(held)
     return True
 
 
