@@ -34,6 +34,7 @@ from ctvae.device import generator, place
 from ctvae.evaluation import similarity
 from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
+from ctvae.refine import refined
 from ctvae.runlog import Clock
 from ctvae.training.autoencoder import Objective
 from ctvae.training.groups import TrainingGroups, training_shape
@@ -76,15 +77,22 @@ def train(
 
 
 @torch.no_grad()
-def judged(network: Autoencoder, groups: TrainingGroups, crop: Size3 | None) -> dict[str, list[float]]:
-    """PSNR in dB and SSIM of each group, or of its middle, over -1..1."""
+def judged(network: Autoencoder, groups: TrainingGroups, crop: Size3 | None, refine: int = 0) -> dict[str, list[float]]:
+    """PSNR in dB and SSIM of each group, or of its middle, over -1..1, after `refine` steps of descent on its latents."""
+
+    def decode(z: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return network.decode(z).float()
+
+    network.requires_grad_(False)
     psnrs, ssims = [], []
     for index in range(len(groups)):
         x = groups.plain(index)[None]
         if crop is not None:
             x = middle(x, crop)
         with torch.autocast("cpu", torch.bfloat16):
-            y = network.decode(network.encode(x)[0]).float().clamp(-1, 1)
+            z = network.encode(x)[0].float()
+        y = decode(refined(decode, z, x, refine) if refine else z).clamp(-1, 1)
         before, after = x[0, 0].numpy(), y[0, 0].numpy()
         psnrs.append(similarity.psnr(before, after, 2.0))
         ssims.append(similarity.ssim(before, after, 2.0))
@@ -140,11 +148,11 @@ class Bench:
             **judged(network, self.test, self.arguments.crop),
         }
 
-    def judge(self, label: str, groups: TrainingGroups, crop: Size3 | None) -> dict:
+    def judge(self, label: str, groups: TrainingGroups, crop: Size3 | None, refine: int = 0) -> dict:
         """A network that was trained before."""
         network = self.network("wavelet3d")
         network.load_state_dict(load(self.out / f"{label}.safetensors")[0])
-        return judged(network, groups, crop)
+        return judged(network, groups, crop, refine)
 
     def pilot(self, cfg: Config, label: str) -> dict:
         return self.run("AutoencoderKL", lambda step, _: step / self.arguments.pilot, cfg, label)
@@ -170,6 +178,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--pilot", type=int, default=0, help="steps of the peer's pilot; 0: none, our optimiser")
     parser.add_argument("--start", metavar="FILE", help="weights of an earlier wavelet3d of the same sizes to go on from")
+    parser.add_argument("--refine", type=int, default=0, help="steps of descent on the latents of whole groups, judged besides")
     parser.add_argument("--only", choices=("wavelet3d", "AutoencoderKL"))
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="as for ctvae train")
     bench = Bench(parser.parse_args())
@@ -199,6 +208,10 @@ def main() -> None:
         seen = bench.measured("wavelet3d, training groups", lambda: bench.judge("wavelet3d", bench.training, crop))
         print(f"wavelet3d on the groups it was trained on: {fmean(seen['psnr_db']):.2f} dB")
         print(f"\nwavelet3d on whole groups: {fmean(whole['psnr_db']):.2f} dB, SSIM {fmean(whole['ssim']):.3f}")
+        if steps := bench.arguments.refine:
+            label = f"wavelet3d, whole groups, refined {steps}"
+            found = bench.measured(label, lambda: bench.judge("wavelet3d", bench.test, None, steps))
+            print(f"after {steps} steps of descent: {fmean(found['psnr_db']):.2f} dB, SSIM {fmean(found['ssim']):.3f}")
 
 
 if __name__ == "__main__":

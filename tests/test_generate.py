@@ -311,6 +311,8 @@ def test_every_method_trains_generates_and_reconstructs(method, tiny_dataset, tm
     again = nib.load(reconstruct(run, source, tmp_path / "again.nii.gz"))
     assert again.shape == nib.load(source).shape
     np.testing.assert_array_equal(again.affine, nib.load(source).affine)
+    if not model.network.spatial:
+        assert "no latents to refine" in refused(InputError, reconstruct, run, source, tmp_path / "refined.nii.gz", refine=2)
 
 
 def test_a_body_wider_than_the_models_plane_is_refused(tiny_dataset, tmp_path, scan_hu, write_nifti):

@@ -266,16 +266,19 @@ def reconstruct(
     model: ModelArgument,
     scan: ScanArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="NIfTI file to write.")],
+    refine: Annotated[
+        int, typer.Option(min=0, max=1000, help="Steps that bring the encoder's latents nearer to this scan; wavelet3d.")
+    ] = 0,
 ) -> None:
     """Encode and decode one scan.
 
     What comes out has the same shape and the same affine, in HU.
 
-    Example: ctvae reconstruct run scan.nii.gz --out again.nii.gz
+    Example: ctvae reconstruct run scan.nii.gz --out again.nii.gz --refine 20
     """
     from ctvae.generate import reconstruct
 
-    typer.echo(reconstruct(model, scan, out))
+    typer.echo(reconstruct(model, scan, out, refine))
 
 
 @app.command()

@@ -191,13 +191,16 @@ def _contact_sheet(paths: list[Path], folder: Path, model: Model, most: int = 12
     pictures.contact_sheet(scans, folder / "contact-sheet.png", model.cfg.data.window_hu)
 
 
-def reconstruct(model: Path | str, scan: Path | str, out: Path | str) -> Path:
-    """Encode and decode one scan: same shape, affine and stored axes, HU. Raises ModelError and InputError."""
+def reconstruct(model: Path | str, scan: Path | str, out: Path | str, refine: int = 0) -> Path:
+    """Encode and decode one scan: same shape, affine and stored axes, HU. Raises ModelError and InputError.
+
+    `refine` steps of gradient descent bring the latents nearer to the scan, each as long as three times a decoding.
+    """
     loaded, source, target = load(model), read_scan(scan), Path(out)
     if not nifti.is_nifti(target):
         raise InputError(f"{target}: --out names a .nii or .nii.gz file")
-    again = loaded.reconstruct_volume(source.volume)
-    facts = loaded.provenance(made_by="reconstruct", source_sha256=_hash(source))
+    again = loaded.reconstruct_volume(source.volume, refine)
+    facts = loaded.provenance(made_by="reconstruct", source_sha256=_hash(source), refine=refine)
     nifti.write(target, again, source.orientation, described(facts))
     files.write_json(sidecar(target), facts)
     return target

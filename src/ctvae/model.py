@@ -29,8 +29,9 @@ from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.wavelet3d import halo, tile_bytes
 from ctvae.planning.sizes import smaller
 from ctvae.priors import CLOSED_FORM
+from ctvae.refine import refined
 from ctvae.sampling import Draw, FlowPrior, Sampling, refuse
-from ctvae.tiling import tiled
+from ctvae.tiling import scaled, tiled, tiles
 from ctvae.training.prior import Conditioning, build_velocity
 from ctvae.volume import Volume
 from ctvae.wiener import WienerVelocity
@@ -38,6 +39,7 @@ from ctvae.wiener import WienerVelocity
 PACKAGED = Path(__file__).parent / "packaged"
 SMALLEST_TILE = (32, 64, 64)  # D H W, halo not counted: below that the halo is nearly all of it
 OF_FREE_MEMORY = 0.5  # share that a tile may take
+OF_A_DESCENT = 6  # times what a pass through the decoder takes: what is kept for the gradient
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,13 @@ class Model:
     # --- encode and decode -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, scan: Volume) -> Posterior:
-        """Any scan for `wavelet3d`; for the others one that fits the model's plane. Raises InputError for a wrong shape."""
+    def encode(self, scan: Volume, refine: int = 0) -> Posterior:
+        """Any scan for `wavelet3d`; for the others one that fits the model's plane. Raises InputError for a wrong shape.
+
+        The mean is then followed by `refine` steps of gradient descent through the decoder (`refine.py`).
+        """
+        if refine and not isinstance(self.cfg.model, Wavelet3D):
+            raise InputError(f"{self.cfg.method} has no latents to refine step by step; leave it out, or use a wavelet3d model")
         box = self._box(scan)
         block = preprocess.cut(scan, box)
         x = torch.from_numpy(intensity.from_hu(block.hu, self.cfg.data.window_hu))[None, None]
@@ -80,6 +87,8 @@ class Model:
         else:
             moments = torch.cat([self._moments(part) for part in x.split(self.shape[0], dim=2)], dim=1)
         mean, logvar = moments.chunk(2, dim=1 if isinstance(self.cfg.model, Wavelet3D) else 2)
+        if refine:
+            mean = self._refined(mean, x, refine)
         return Posterior(mean, (0.5 * logvar).exp(), box, scan)
 
     @torch.no_grad()
@@ -99,9 +108,9 @@ class Model:
         air = Volume(np.full(scan.shape, intensity.AIR_HU, np.int16), scan.affine)
         return preprocess.paste(block, posterior.box, air)
 
-    def reconstruct_volume(self, scan: Volume) -> Volume:
-        """Encode and decode: same shape and affine, HU within the model's window."""
-        posterior = self.encode(scan)
+    def reconstruct_volume(self, scan: Volume, refine: int = 0) -> Volume:
+        """Encode, with `refine` steps of descent, and decode: same shape and affine, HU within the model's window."""
+        posterior = self.encode(scan, refine)
         return self.decode_onto(posterior.mean, posterior)
 
     def _box(self, scan: Volume) -> preprocess.Box:
@@ -125,11 +134,28 @@ class Model:
         return torch.cat((mean, logvar), dim=1 if mean.ndim == 5 else 2).float().cpu()
 
     def _decoded(self, z: Tensor) -> Tensor:
-        with self._autocast():
-            return self.network.decode(z.to(self.device)).float().cpu()
+        return self._decoding(z.to(self.device)).float().cpu()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.autoencoder.precision == "bf16")
+
+    def _refined(self, z: Tensor, x: Tensor, steps: int) -> Tensor:
+        """By tiles, each with its halo: what of it belongs to others is refined with it and not kept."""
+        assert isinstance(self.cfg.model, Wavelet3D)
+        network, grid = self.cfg.model, self.cfg.model.grid
+        depth, height, width = x.shape[2:]
+        out = torch.empty_like(z)
+        tile = self._tile(network, (depth, height, width), held=OF_A_DESCENT)
+        d, h, w = z.shape[2:]
+        for part in tiles((d, h, w), tile, halo(network)):
+            target = x[(..., *scaled(part.read, grid))].to(self.device)
+            found = refined(self._decoding, z[(..., *part.read)].to(self.device), target, steps)
+            out[(..., *part.keep)] = found[(..., *part.inside())].cpu()
+        return out
+
+    def _decoding(self, z: Tensor) -> Tensor:
+        with self._autocast():
+            return self.network.decode(z)
 
     def _tiled(self, apply: Any, x: Tensor, *, encoding: bool) -> Tensor:
         assert isinstance(self.cfg.model, Wavelet3D)
@@ -138,15 +164,19 @@ class Model:
         factor_in, factor_out = (grid, one) if encoding else (one, grid)
         depth, height, width = (side * factor for side, factor in zip(x.shape[2:], factor_out, strict=True))
         tile = self._tile(self.cfg.model, (depth, height, width))
-        d, h, w = (max(1, voxels // step) for voxels, step in zip(tile, grid, strict=True))
-        return tiled(apply, x, factor_in=factor_in, factor_out=factor_out, tile=(d, h, w), halo=halo(self.cfg.model))
+        return tiled(apply, x, factor_in=factor_in, factor_out=factor_out, tile=tile, halo=halo(self.cfg.model))
 
-    def _tile(self, network: Wavelet3D, size: Size3) -> Size3:
-        """D H W of a tile of a volume of `size`: what the settings say, or smaller where less memory is free now."""
+    def _tile(self, network: Wavelet3D, size: Size3, held: int = 1) -> Size3:
+        """A tile of a volume of `size` voxels, in latents: what the settings say, or smaller where less memory is free now.
+
+        `held`: how many times as much is held as one pass through encoder or decoder takes.
+        """
         number = 2 if self.cfg.autoencoder.precision == "bf16" else 4
-        tiles = [self.cfg.data.tile, *smaller(self.cfg.data.tile, network.grid, SMALLEST_TILE)]
+        sizes = [self.cfg.data.tile, *smaller(self.cfg.data.tile, network.grid, SMALLEST_TILE)]
         most = free_bytes() * OF_FREE_MEMORY
-        return next((tile for tile in tiles if tile_bytes(network, size, tile, number) <= most), tiles[-1])
+        chosen = next((size_ for size_ in sizes if held * tile_bytes(network, size, size_, number) <= most), sizes[-1])
+        d, h, w = (max(1, voxels // step) for voxels, step in zip(chosen, network.grid, strict=True))
+        return d, h, w
 
     # --- priors ------------------------------------------------------------------------------------------------------
 
