@@ -126,7 +126,8 @@ def _prior(folder: Path, count: int) -> dict[str, float]:
     from ctvae.training.watch import Watch
 
     steps = [f"prior.{key}={FLOW_STEPS}" for key in ("steps", "save_every", "log_every")]
-    cfg = load_recipe("wavelet3d", [*steps, "prior.batch=8", "prior.widths=[16,32]", "prior.blocks=1", "prior.looks=0"])
+    sizes = ["prior.batch=8", "prior.widths=[16,32]", "prior.detail_width=0", "prior.blocks=1"]
+    cfg = load_recipe("wavelet3d", [*steps, *sizes, "prior.looks=0"])
     run = Run.create_or_resume(folder / "run", cfg, "none")
     figures = {"before_mb": _peak_mb()}
     with _timed(figures, "write"):

@@ -57,6 +57,7 @@ TINY = (  # a wavelet3d that trains in a second
     "autoencoder.steps=6", "autoencoder.log_every=2", "autoencoder.save_every=2", "autoencoder.precision=fp32",
     "prior.steps=9", "prior.log_every=2", "prior.save_every=2", "prior.precision=fp32", "prior.batch=2",
     "prior.widths=[8,32]", "prior.blocks=1", "prior.rank=2", "prior.mlp_width=16", "prior.sampling_steps=2",
+    "prior.detail_width=0",
     "model.strides=[[2,2,2],[2,2,2]]", "data.patch=null", "polish.enabled=true", "polish.steps=4", "polish.log_every=2",
     "polish.save_every=2", "polish.discriminator_width=4", "polish.precision=fp32", "autoencoder.batch=1", "finish.enabled=false",
 )  # fmt: skip

@@ -30,6 +30,7 @@ SMALL = [  # settings for networks that train in seconds
     "model.blocks=[1,1]",
     "model.latent_channels=4",
     "prior.widths=[8,32]",
+    "prior.detail_width=8",
     "prior.blocks=1",
     "prior.mlp_width=16",
     "prior.sampling_steps=2",

@@ -30,7 +30,8 @@ ROOT = Path(__file__).parents[1]
 SHAPE = (2, 4, 4, 4)
 NEAR = 1e-5  # found: 1e-6
 SETTINGS = (
-    "prior.widths=[7,32]", "prior.blocks=1", "prior.rank=3", "prior.batch=4", "prior.steps=12", "prior.log_every=2",
+    "prior.widths=[7,32]", "prior.detail_width=5",
+    "prior.blocks=1", "prior.rank=3", "prior.batch=4", "prior.steps=12", "prior.log_every=2",
     "prior.save_every=4", "prior.looks=3", "prior.precision=fp32", "prior.warmup=1", "prior.weight_decay=0.1",
 )  # fmt: skip
 

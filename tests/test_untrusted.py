@@ -333,7 +333,8 @@ def test_json_that_is_too_large_or_deep_is_refused(tmp_path):
 
 def small_model(folder: Path, **model: Any) -> Path:
     """A model folder with a flow, as training writes it; `model` replaces what config.yaml says after the weights are made."""
-    cfg = with_overrides(load_recipe("wavelet3d"), ["model.widths=[4,4]", "model.latent_channels=2", "prior.widths=[32,32]"])
+    sizes = ["model.widths=[4,4]", "model.latent_channels=2", "prior.widths=[32,32]", "prior.detail_width=8"]
+    cfg = with_overrides(load_recipe("wavelet3d"), sizes)
     network = build(cfg.model, (4, 4, 8))
     save(folder / "autoencoder.safetensors", network.state_dict(), {"shape": (4, 4, 8)})
     wiener = WienerVelocity(torch.zeros(4), torch.ones(1, 4), torch.ones(4))
