@@ -176,8 +176,7 @@ def test_a_batch_sees_all_of_the_path():
 
 def test_guidance_is_linear_in_its_weight():
     def along(weight: float) -> torch.Tensor:
-        velocity = flow.guided(lambda x, t: 3 * x, [(lambda x, t: x, weight)])
-        return velocity(torch.ones(2, 1), torch.zeros(2))
+        return flow.guided(torch.full((2, 1), 3.0), [(torch.full((2, 1), 3.0), torch.ones(2, 1), weight)])
 
     assert along(0.0).unique().item() == 1.0  # unconditional
     assert along(1.0).unique().item() == 3.0  # conditional
@@ -185,9 +184,8 @@ def test_guidance_is_linear_in_its_weight():
 
 
 def test_two_guidances_add_up():
-    weaker = [(lambda x, t: x, 1.5), (lambda x, t: -x, 1.25)]
-    velocity = flow.guided(lambda x, t: 3 * x, weaker)
-    assert velocity(torch.ones(2, 1), torch.zeros(2)).unique().item() == 3 + 0.5 * (3 - 1) + 0.25 * (3 + 1)
+    v, one = torch.full((2, 1), 3.0), torch.ones(2, 1)
+    assert flow.guided(v, [(v, one, 1.5), (2 * one, -one, 1.25)]).unique().item() == 3 + 0.5 * (3 - 1) + 0.25 * (2 + 1)
 
 
 def test_guidance_away_from_a_narrower_gaussian_widens_samples():
@@ -201,8 +199,11 @@ def test_guidance_away_from_a_narrower_gaussian_widens_samples():
         return velocity
 
     def spread(weight: float) -> float:
-        velocity = flow.guided(of(0.9 * S), [(of(0.5 * S), weight)])
-        ends = flow.sample(velocity, torch.tensor([[-1.0], [1.0]], dtype=torch.float64), flow.times(200))
+        def led(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            v = of(0.9 * S)(x, t)
+            return flow.guided(v, [(v, of(0.5 * S)(x, t), weight)])
+
+        ends = flow.sample(led, torch.tensor([[-1.0], [1.0]], dtype=torch.float64), flow.times(200))
         return (ends[1] - ends[0]).item() / 2
 
     assert spread(1.0) == pytest.approx(0.9 * S, abs=1e-3)

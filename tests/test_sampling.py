@@ -17,6 +17,7 @@ from ctvae.export import export
 from ctvae.generate import generate, load, sidecar
 from ctvae.models.velocity import Velocity
 from ctvae.sampling import Sampling, refuse
+from ctvae.training.train import train
 
 SHAPE = (64, 32, 32)  # of the tiny run's groups; a latent slice is four of an image
 
@@ -37,14 +38,14 @@ def model(tiny_run):
 def told(monkeypatch) -> list[torch.Tensor]:
     """Every set of conditions that the network is told, and the shape that it is shown."""
     seen = []
-    forward = Velocity.forward
+    coarse = Velocity.coarse
 
     def watched(self, x, t, c):
         assert x.shape[2:] == (16, 8, 8), "the network sees slabs of the size that it was trained on"
         seen.append(c)
-        return forward(self, x, t, c)
+        return coarse(self, x, t, c)
 
-    monkeypatch.setattr(Velocity, "forward", watched)
+    monkeypatch.setattr(Velocity, "coarse", watched)
     return seen
 
 
@@ -229,3 +230,20 @@ def test_a_prior_from_before_conditions_had_names_draws_the_same(tiny_run, tmp_p
     assert list(b.conditions) == ["position", "pixel_mm", "slice_mm"]
     assert load(old).generate(seed=5, slices=90).volume.shape == (90, 32, 32)
     assert "knows: pixel_mm, position, slice_mm)" in refused(CtvaeError, load(old).generate, conditions={"width_mm": 300})
+
+
+def test_guidance_is_seen_without_the_detail(tiny_dataset, tiny_run, tiny_settings, tmp_path):
+    """Conditions lead by filter and U-Net; the local network is asked once an evaluation, under the conditions."""
+    plain = [setting for setting in tiny_settings if not setting.startswith("prior.detail_width")]
+    detail = ["prior.detail_width=8", "prior.detail_blocks=1", "prior.lr=0.1"]
+    model = load(train(tiny_dataset, tmp_path / "run", stage="prior", overrides=[*plain, *detail], start=tiny_run))
+    prior, x0 = model._flow, noise_of(model, 3)
+    asked = Sampling(steps=1, solver="euler", guidance=1.5, autoguidance=1.25)
+    draw, t = model.draw("flow", 3, 0, asked=asked), torch.zeros(1)
+    c = prior.conditioning.standard(torch.tensor([draw.told.values]))
+    with torch.no_grad():
+        full, coarse, linear = prior.network(x0, t, c), prior.network.coarse(x0, t, c), prior.network.linear(x0, t)
+        unknown = prior.network.coarse(x0, t, torch.full_like(c, math.nan))
+    assert not torch.allclose(full, coarse)
+    expected = full + 0.5 * (coarse - unknown) + 0.25 * (full - linear)
+    torch.testing.assert_close(draw.latent, prior.code.decode(x0 + expected))

@@ -99,16 +99,13 @@ def evaluations(solver: str, steps: int) -> int:
     return 2 * steps if solver == "heun" else steps
 
 
-def guided(velocity: Velocity, weaker: Sequence[tuple[Velocity, float]]) -> Velocity:
-    """Led away from each weaker velocity u_k by its weight w_k: v + sum_k (w_k - 1) (v - u_k); a weight of 1 is none.
+def guided(velocity: Tensor, away: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """v led from each weaker velocity u_k to its stronger v_k by its weight w_k: v + sum_k (w_k - 1) (v_k - u_k); 1 is none.
 
     Away from the velocity without conditions it leans on the conditions (classifier-free guidance, Ho and Salimans 2022), away
     from a worse model of the same data on what that one has not learned (autoguidance, Karras et al. 2024). With both each
     weight keeps its meaning, as no difference is multiplied by the other's.
     """
-
-    def led(x: Tensor, t: Tensor) -> Tensor:
-        v = velocity(x, t)
-        return v + sum((weight - 1) * (v - weak(x, t)) for weak, weight in weaker)
-
-    return led
+    for strong, weak, weight in away:
+        velocity = velocity + (weight - 1) * (strong - weak)
+    return velocity

@@ -138,16 +138,22 @@ class FlowPrior:
         return channels, max(depth, math.ceil(slices * depth / self.shape[0])), height, width
 
     def _guided(self, told: Told, guidance: float, autoguidance: float) -> flow.Velocity:
-        c = self.conditioning.standard(torch.tensor([told.values])).to(self.network.mean.device)  # [1 K]
-        weaker = [(self._velocity(torch.full_like(c, math.nan)), guidance), (self.network.linear, autoguidance)]
-        return flow.guided(self._velocity(c), [(velocity, weight) for velocity, weight in weaker if weight != 1.0])
+        """What conditions do is seen without the detail, which is asked once: it is the same with them (docs/log.md)."""
+        network = self.network
+        c = self.conditioning.standard(torch.tensor([told.values])).to(network.mean.device)  # [1 K]
+        none = torch.full_like(c, math.nan)
 
-    def _velocity(self, told: Tensor) -> flow.Velocity:
-        def at(x: Tensor, t: Tensor) -> Tensor:
+        def led(x: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16"):
-                return self.network(x, t, told)
+                coarse = network.coarse(x, t, c)
+                velocity, away = network.detailed(coarse, x, t, c), []
+                if guidance != 1:
+                    away.append((coarse, network.coarse(x, t, none), guidance))
+                if autoguidance != 1:
+                    away.append((velocity, network.linear(x, t), autoguidance))
+            return flow.guided(velocity, away)
 
-        return at
+        return led
 
 
 def refuse(asked: Sampling, prior: str, shape: Size3, spatial: bool) -> None:

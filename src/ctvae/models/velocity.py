@@ -108,13 +108,22 @@ class Velocity(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return WienerVelocity(self.mean, self.factors, self.rest)(x.float(), t)
 
+    def coarse(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B C ...], [B], [B K]
+        """Without the detail."""
+        return corrected(self.linear(x, t), self.correction, x, t, c)
+
+    def detailed(self, coarse: Tensor, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        """With the detail that goes with it."""
+        return coarse if self.detail is None else corrected(coarse, self.detail, x, t, c)
+
     def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B C ...], [B], [B K]
-        velocity = self.linear(x, t)
-        for correction in (self.correction, self.detail):
-            if correction is not None:
-                guess = x + (1 - t.view(-1, *[1] * (x.ndim - 1))) * velocity  # of x_1
-                velocity = velocity + correction(torch.cat((x, guess), dim=1), t, c).float()
-        return velocity  # [B C ...]
+        return self.detailed(self.coarse(x, t, c), x, t, c)
+
+
+def corrected(velocity: Tensor, correction: nn.Module, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    """`velocity` at x_t plus what `correction` says of it, given x_t and the guess of x_1 that it makes."""
+    guess = x + (1 - t.view(-1, *[1] * (x.ndim - 1))) * velocity
+    return velocity + correction(torch.cat((x, guess), dim=1), t, c).float()
 
 
 class UNet(nn.Module):
