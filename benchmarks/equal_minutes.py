@@ -6,11 +6,10 @@
 Both train on the same patches of the same groups, in the same order, with the same losses, optimiser, precision and batch; the
 cosine of the learning rate runs over each one's own minutes, of which reading, validation and start are no part. `equal steps` is
 `wavelet3d` trained from the beginning for as many steps as the peer came to. Judged are the averaged weights on the test groups,
-on the middle 64 x 128 x 128 voxels of each (`--crop`), -1000..1000 HU, ours
-also on whole groups and on those it was trained on. What is in FOLDER is not
-measured again.
+on the middle 64 x 128 x 128 voxels of each (`--crop`), -1000..1000 HU, ours also on whole groups, once more with latents refined
+for each if `--refine` says so (`ctvae/refine.py`), and on those it was trained on. What is in FOLDER is not measured again.
 The peer (`step_speed.Peer`) has MAISI's sizes and as many latent numbers per voxel. Its optimiser is the better of ours and of
-Adam at MAISI's 1e-4 in a pilot of `--pilot` steps.
+Adam at MAISI's 1e-4 in a pilot of `--pilot` steps. With `--start` our network alone goes on from earlier weights.
 """
 
 from __future__ import annotations
@@ -135,7 +134,7 @@ class Bench:
 
     def run(self, name: str, progress_of: Callable[[int, float], float], cfg: Config, label: str) -> dict:
         network = self.network(name)
-        if self.arguments.start and name != "AutoencoderKL":
+        if self.arguments.start:
             network.load_state_dict(load(Path(self.arguments.start))[0])
         start = time.perf_counter()
         steps, seconds = train(network, cfg, self.training, progress_of)
@@ -181,7 +180,10 @@ def main() -> None:
     parser.add_argument("--refine", type=int, default=0, help="steps of descent on the latents of whole groups, judged besides")
     parser.add_argument("--only", choices=("wavelet3d", "AutoencoderKL"))
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="as for ctvae train")
-    bench = Bench(parser.parse_args())
+    arguments = parser.parse_args()
+    if arguments.start and arguments.only != "wavelet3d":
+        parser.error("--start is for --only wavelet3d: nothing is equal with a start of one alone")
+    bench = Bench(arguments)
     budget, only = 60 * bench.arguments.minutes, bench.arguments.only
     rows = []
     if only != "AutoencoderKL":

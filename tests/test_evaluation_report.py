@@ -333,17 +333,21 @@ def test_a_plain_folder_of_real_scans_will_do_and_few_scans_are_said_so(tmp_path
     ],
 )
 def test_the_headline_says_no_more_than_was_judged(judged, outside, headline):
-    """Of 13 measures, of which real scans have at most one outside their floor."""
+    """Of 13 measures, of which real scans have at most one outside their floor, and that by two half-widths at most."""
+    assert headline_of(judged, outside, 2.0) == headline
+    if outside == 1:
+        assert headline_of(judged, outside, 2.1).endswith("differences that can be measured.")
 
+
+def headline_of(judged: int, outside: int, half_widths: float) -> str:
     def entry(number: int) -> dict:
         scans, floor = {"synthetic": 8, "real": 8}, {"low": 0.0, "high": 1.0}
         words = {"id": f"m{number}", "title": "M", "unit": "", "value": 2.0, "floor": floor, "scans": scans}
         inside, known = number >= outside, "ok" if number < judged else "not enough"
-        return {**words, "status": known, "within_floor": inside, "floor_widths": 1.0}
+        return {**words, "status": known, "within_floor": inside, "floor_widths": half_widths}
 
-    chance = {"mean": 0.5, "most": 1, "splits": 100}
-    found = verdict([entry(n) for n in range(13)], chance, {"status": "not enough"}, {}, None)
-    assert found["headline"] == headline
+    chance = {"mean": 0.5, "most": 1, "splits": 100, "furthest": 2.0}
+    return verdict([entry(n) for n in range(13)], chance, {"status": "not enough"}, {}, None)["headline"]
 
 
 def deal(splits: dict[str, int], split: str) -> cohort.Cohort:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import statistics
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,9 @@ def test_chance_counts_what_moves_together():
     assert together["mean"] == apart["mean"] == pytest.approx(30 * 0.025, abs=0.01)  # one-sided: 2.5 % are above
     assert together["most"] == 0  # all thirty at once or none, and all at once is rare
     assert 2 <= apart["most"] <= 3  # binomial(30, 0.025): 95 % have at most 2
+    normal = statistics.NormalDist().inv_cdf  # half-widths of one side, 97.5 % of a normal distribution
+    assert together["furthest"] == pytest.approx(normal(0.95) / normal(0.975), rel=0.1)
+    assert apart["furthest"] == pytest.approx(normal(0.95 ** (1 / 30)) / normal(0.975), rel=0.1)  # the largest of thirty
     assert realism.outside_by_chance([]) is None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
@@ -72,7 +71,7 @@ def test_samples_of_a_batch_do_not_see_each_other(case):
     y = network(x, t, c)
     one = network(x[1:2], t[1:2], c[1:2])
     assert y.abs().max() > 0.01
-    torch.testing.assert_close(y[1:2], one, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y[1:2], one, rtol=0, atol=5e-6 * y.abs().max().item())
 
 
 @torch.no_grad()
@@ -128,8 +127,9 @@ def test_the_unet_sees_the_whole_volume():
 
 
 def test_detail_sees_what_is_near_and_not_where_it_is():
+    """Two convolutions of a block, and one before and one after: four voxels to every side."""
+    torch.manual_seed(0)
     network = lively(Detail(channels=2, conditions=K, width=8, blocks=1))
-    assert network.reach == 4
     x, t, c = noise(1, 4, 13, 12, 11).requires_grad_(), torch.full((1,), 0.5), torch.zeros(1, K)
     network(x, t, c)[0, :, 6, 6, 5].sum().backward()
     assert x.grad is not None
@@ -218,11 +218,12 @@ def gradients(network: nn.Module, *inputs: torch.Tensor, bf16: bool) -> torch.Te
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("network", [UNet(4, K, (16, 32, 32), blocks=1), Detail(4, K, 16, blocks=1)], ids=["U-Net", "detail"])
+@pytest.mark.parametrize(("kind", "width"), [(UNet, (16, 32, 32)), (Detail, 16)], ids=["U-Net", "detail"])
 @pytest.mark.parametrize("size", [(8, 10, 16), (4, 5, 8), (3, 4, 4), (2, 4, 8)], ids=str)
-def test_bf16_gradients_are_right_on_shallow_grids(size, network):
+def test_bf16_gradients_are_right_on_shallow_grids(size, kind, width):
     """The wrong ones of oneDNN at a depth of 2 (torch 2.13) differ by their own size, up to infinity."""
-    network = lively(copy.deepcopy(network)).to(memory_format=torch.channels_last_3d)
+    torch.manual_seed(0)
+    network = lively(kind(4, K, width, blocks=1)).to(memory_format=torch.channels_last_3d)
     inputs = (noise(4, 8, *size), torch.rand(4), noise(4, K))
     exact, found = (gradients(network, *inputs, bf16=bf16) for bf16 in (False, True))
     assert found.isfinite().all()

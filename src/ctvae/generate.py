@@ -194,7 +194,7 @@ def _contact_sheet(paths: list[Path], folder: Path, model: Model, most: int = 12
 def reconstruct(model: Path | str, scan: Path | str, out: Path | str, refine: int = 0) -> Path:
     """Encode and decode one scan: same shape, affine and stored axes, HU. Raises ModelError and InputError.
 
-    `refine` steps of gradient descent bring the latents nearer to the scan, each as long as three times a decoding.
+    `refine` steps of gradient descent bring the latents nearer to the scan, each as long as two to three decodings.
     """
     loaded, source, target = load(model), read_scan(scan), Path(out)
     if not nifti.is_nifti(target):

@@ -39,7 +39,7 @@ from ctvae.wiener import WienerVelocity
 PACKAGED = Path(__file__).parent / "packaged"
 SMALLEST_TILE = (32, 64, 64)  # D H W, halo not counted: below that the halo is nearly all of it
 OF_FREE_MEMORY = 0.5  # share that a tile may take
-OF_A_DESCENT = 6  # times what a pass through the decoder takes: what is kept for the gradient
+OF_A_DESCENT = 6  # times what a pass through the decoder takes: found 3 to 4 (docs/log.md, refined latents)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def _headline(
     told = any(e["id"].startswith("classifier_") and e["value"] >= TOLD_APART_AUC for e in outside)
     if told or len(outside) > 0.4 * len(judged):
         return "The synthetic scans can be told from real ones."
-    by_chance = len(outside) <= chance["most"]
+    by_chance = len(outside) <= chance["most"] and all(e["floor_widths"] <= chance["furthest"] for e in outside)
     if len(judged) < MOSTLY * total:
         seen = "no more than real scans differ by" if by_chance else "differences that can be measured"
         return f"Too few scans for most measures; the others see {seen}."
@@ -82,7 +82,8 @@ def _counts(judged: list[dict[str, Any]], outside: list[dict[str, Any]], total: 
     if chance:
         text += (
             f". Measures of the same scans move together: when real scans were compared with real ones, {chance['mean']:.1f} "
-            f"lay outside on average, and in 95 % of {chance['splits']} comparisons at most {chance['most']}"
+            f"lay outside on average, and in 95 % of {chance['splits']} comparisons at most {chance['most']}, none further off "
+            f"than {chance['furthest']:.1f} half-widths of its range"
         )
     text += "."
     if skipped := total - len(judged):

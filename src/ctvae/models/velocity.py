@@ -169,7 +169,7 @@ class UNet(nn.Module):
 class Detail(nn.Module):
     """Convolutions on the latents' own grid, for what a U-Net that folds it leaves: how close neighbours go together.
 
-    Each voxel sees `reach` voxels to every side and not where it lies, so all places of all scans teach the same weights.
+    Each voxel sees 2 blocks + 2 voxels to every side and not where it lies, so all places of all scans teach the same weights.
     """
 
     def __init__(self, channels: int, conditions: int, width: int, blocks: int):
@@ -181,10 +181,6 @@ class Detail(nn.Module):
         self.out = Conv(width, channels, kernel_size=3, padding=1)
         for parameter in self.out.parameters():
             nn.init.zeros_(parameter)
-
-    @property
-    def reach(self) -> int:
-        return 2 * len(self.blocks) + 2
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B 2C d h w], [B], [B K]
         e = self.embedding(t, c)

@@ -31,7 +31,7 @@ from ctvae.runlog import Run
 
 AUTOENCODER, FLOW, NORMAL = "autoencoder.safetensors", "prior-flow.safetensors", "prior-normal.safetensors"
 FILES = ("config.yaml", AUTOENCODER, FLOW, NORMAL)
-LEARNED, FITTED = ("flow.correction.", "flow.detail."), ("flow.mean", "flow.factors", "flow.rest")
+LEARNED = ("correction.", "detail.")  # of the flow's network: the rest of it is fitted in closed form
 TOLD = "condition.0.weight"  # of the flow's networks: the first layer that the conditions meet
 WEIGHTS_DECIDE = {  # settings that the weights fix
     "model": None,  # all but how they are computed with
@@ -40,8 +40,11 @@ WEIGHTS_DECIDE = {  # settings that the weights fix
 }
 NOT_OF_THE_WEIGHTS = {"checkpointing"}
 DEEPER = "model.decoder_blocks"  # may be more than those of the weights: new ones begin as the identity
-ADDED = {"model.tone": "model.tone", "prior.detail_width": "prior.detail_width", "prior.detail_blocks": "prior.detail_width"}
-# likewise, a setting may be given for what the weights lack by the setting after it
+ADDED = {  # of parts that weights may lack and be given; after each, the setting that says if they have it
+    "model.tone": "tone",
+    "prior.detail_width": "detail_width",
+    "prior.detail_blocks": "detail_width",
+}
 
 
 def settings_of(model: Path, pinned: Sequence[str]) -> tuple[str, list[str]]:
@@ -61,17 +64,12 @@ def settings_of(model: Path, pinned: Sequence[str]) -> tuple[str, list[str]]:
             if key == DEEPER and key in given:
                 _refuse_shallower(cfg.model, given[key])
                 continue
-            if key in ADDED and key in given and not _value(tree, ADDED[key]):
+            if key in ADDED and key in given and not tree[section][ADDED[key]]:
                 continue
             if key in given and files.parsed_yaml(given[key]) != value:
                 raise ConfigError(f"{key}={given[key]}: the weights to start from have {value}; leave it out, or --from")
             overrides.append(f"{key}={'null' if value is None else value}")
     return cfg.method, overrides
-
-
-def _value(tree: dict[str, Any], key: str) -> Any:
-    section, name = key.split(".")
-    return tree[section][name]
 
 
 def _refuse_shallower(model: Any, given: str) -> None:
@@ -155,17 +153,15 @@ def load_flow(run: Run, network: nn.Module, names: Sequence[str]) -> bool:
     if not started(run) or not path.is_file():
         return False
     tensors, meta = load(path)
-    learned = {name.removeprefix("flow."): value.float() for name, value in tensors.items() if name.startswith(LEARNED)}
-    own = network.state_dict()
-    held = {name: value for name, value in own.items() if f"flow.{name}".startswith(FITTED)}
-    if not any(name.startswith("detail.") for name in learned):
-        held |= {name: value for name, value in own.items() if name.startswith("detail.")}
+    flow = {name.removeprefix("flow."): value.float() for name, value in tensors.items()}
+    learned = {name: value for name, value in flow.items() if name.startswith(LEARNED)}
+    parts = LEARNED if any(name.startswith("detail.") for name in learned) else ("correction.",)
     for name in [name for name in learned if name.endswith(TOLD)]:
         learned[name] = _told(learned[name], list(meta.get("conditions", BEFORE_NAMES)), list(names))
-    held |= learned
-    if {name: v.shape for name, v in held.items()} != {name: v.shape for name, v in own.items()}:
+    own = {name: value for name, value in network.state_dict().items() if name.startswith(parts)}
+    if {name: v.shape for name, v in learned.items()} != {name: v.shape for name, v in own.items()}:
         return False
-    network.load_state_dict(held)
+    network.load_state_dict(learned, strict=False)
     return True
 
 
