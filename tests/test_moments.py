@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from ctvae.training import moments as moments_module
 from ctvae.training.moments import AIR, AIR_BINS, BINS, CELL, LAGS, LEVELS, SMALL, SOFT_BINS, Moments, statistics
 
 SOFT = (-0.2, 0.3)
+EVEN, LUNG_BINS, TISSUES = moments_module.EVEN, moments_module.LUNG_BINS, moments_module.TISSUES
 
 
 def patches(seed: int, scale: float = 1.0, shape=(2, 1, 8, 12, 16)) -> torch.Tensor:
@@ -19,7 +22,10 @@ def patches(seed: int, scale: float = 1.0, shape=(2, 1, 8, 12, 16)) -> torch.Ten
 SHARES = slice(0, BINS - AIR_BINS)
 BANDS = slice(SHARES.stop, SHARES.stop + 7 * LEVELS)  # of the whole range, and as many of the soft tissue window
 CELLS = slice(-2 * CELL**3, None)  # the mean faint one, and that of tissue
-FAINT_BANDS = slice(CELLS.start - 14, CELLS.start)
+LUNGS = slice(CELLS.start - LUNG_BINS, CELLS.start)
+BY_TISSUE = slice(LUNGS.start - 3 * (len(TISSUES) - 1), LUNGS.start)
+EVEN_BANDS = slice(BY_TISSUE.start - 14, BY_TISSUE.start)
+FAINT_BANDS = slice(EVEN_BANDS.start - 14, EVEN_BANDS.start)
 STEPS = slice(FAINT_BANDS.start - 3 * (len(LAGS) + len(SMALL)), FAINT_BANDS.start)
 
 
@@ -77,6 +83,46 @@ def test_steps_are_mean_differences_where_both_voxels_are_in_soft_tissue():
             step = np.abs(np.clip(ahead, low, high) - np.clip(behind, low, high))[both] / (high - low)
             exact += [np.minimum(step, most).mean() for most in ((1, *SMALL) if lag == 1 else (1,))]
     np.testing.assert_allclose(statistics(x, SOFT)[STEPS], exact, rtol=1e-5)
+
+
+def test_steps_by_tissue_are_mean_differences_within_its_cells():
+    middles = torch.tensor([-0.5, -0.2, -0.1, -0.02, 0.04, 0.3]).repeat(2).view(1, 1, 12, 1, 1)  # of TISSUES
+    x = patches(1, 0.1, (1, 1, 48, 12, 16)) - 0.05 + middles.repeat_interleave(CELL, 2)
+    low, high = SOFT
+    cells = x[:, 0].numpy().reshape(1, 12, CELL, 3, CELL, 4, CELL)
+    mean = cells.mean((2, 4, 6))
+    exact = []
+    for axis in (2, 4, 6):
+        step = np.abs(np.diff(cells.clip(low, high), axis=axis)).mean((2, 4, 6)) / (high - low)
+        exact += [step[(mean >= a) & (mean < b)].sum() for a, b in pairwise(TISSUES)]
+    count = np.histogram(mean, TISSUES)[0]
+    assert count.min() > 12
+    np.testing.assert_allclose(statistics(x, SOFT)[BY_TISSUE], exact / np.tile(count.clip(0.05 * mean.size), 3), rtol=1e-4)
+
+
+def test_noise_is_seen_where_there_is_soft_tissue_alone():
+    """An edge beside it has no part in it, however sharp."""
+    x = patches(1, 0.05, (1, 1, 16, 16, 16))
+    noisy = 0.05 + 2 * (x - 0.05)
+    assert x.min() > EVEN[0] < noisy.min()
+    beside = torch.cat((noisy, noisy), dim=2)
+    beside[:, :, 16::CELL] = 0.6
+    bands = [statistics(patch, SOFT)[EVEN_BANDS] for patch in (x, noisy, beside)]
+    torch.testing.assert_close(bands[1], 2 * bands[0], rtol=0.02, atol=0)
+    torch.testing.assert_close(bands[2], bands[1], rtol=1e-4, atol=0)
+
+
+def test_air_counts_in_lungs_and_nowhere_else():
+    """Values of -0.98 amid lungs are counted; the same beside a body, or in a windpipe, are not."""
+    random = torch.Generator().manual_seed(0)
+    lung = torch.where(torch.rand(1, 1, 16, 16, 16, generator=random) < 0.2, -0.98, -0.75)
+    below = (-1 + 2 / (BINS - 1) * torch.arange(LUNG_BINS)).numpy()
+    found = statistics(lung, SOFT)[LUNGS].numpy()
+    np.testing.assert_allclose(found[below > -0.7], 1, atol=1e-4)
+    np.testing.assert_allclose(found[(below > -0.97) & (below < -0.8)], (lung < -0.9).float().mean(), atol=1e-4)
+    body = patches(1, shape=(1, 1, 16, 16, 16))
+    body[..., 8:] = -0.98
+    assert not statistics(body, SOFT)[LUNGS].any()
 
 
 def test_a_lattice_is_the_mean_cell_of_where_it_lies():

@@ -117,10 +117,10 @@ def test_solver_guidance_and_steps_are_what_is_asked(tiny_run, model, tmp_path, 
 
 def test_a_folder_of_an_earlier_version_is_gone_on_with_by_its_solver_alone(tiny_run, tmp_path):
     """Sidecars did not say the schedule, and before that neither solver nor guidance: it was Heun's method with equal steps."""
-    asked = {"solver": "heun", "schedule": "equal"}
+    asked = {"solver": "heun", "schedule": "equal", "rescale": 0.0}
     path = generate(tiny_run, tmp_path, count=1, **asked)[0]
     facts = json.loads(sidecar(path).read_text())
-    for unsaid in (("schedule", "autoguidance"), ("solver", "guidance", "asked", "slices")):
+    for unsaid in (("rescale",), ("schedule", "autoguidance"), ("solver", "guidance", "asked", "slices")):
         for name in unsaid:
             del facts[name]
         sidecar(path).write_text(json.dumps(facts))
@@ -132,7 +132,7 @@ def test_autoguidance_leads_away_from_the_gaussian(model, told):
     """Weights of 0 leave the velocity without conditions and the Gaussian; halves of both are their mean."""
 
     def drawn(**weights: float) -> torch.Tensor:
-        return model.draw("flow", 3, 0, asked=Sampling(steps=1, solver="euler", **weights)).latent
+        return model.draw("flow", 3, 0, asked=Sampling(steps=1, solver="euler", rescale=0.0, **weights)).latent
 
     plain, gaussian = drawn(guidance=1.0), drawn(guidance=1.0, autoguidance=0.0)
     with torch.no_grad():
@@ -146,6 +146,22 @@ def test_autoguidance_leads_away_from_the_gaussian(model, told):
     evaluations = len(told)
     drawn(guidance=1.0, autoguidance=2.0)
     assert len(told) == evaluations + 1, "the network itself is asked no more often"
+
+
+def test_what_is_guided_gets_the_spread_of_what_is_not(model):
+    """One step of Euler ends at the first guess of x_1: its channels have the guided one's means and the plain one's spread."""
+
+    def drawn(**options: float) -> torch.Tensor:
+        x1 = model.draw("flow", 3, 0, asked=Sampling(steps=1, solver="euler", **options)).latent
+        return model._flow.code.encode(x1)[0].flatten(1)  # [Z dhw]
+
+    plain, guided = drawn(guidance=1.0, autoguidance=1.0), drawn(guidance=1.0, autoguidance=200.0, rescale=0.0)
+    assert ((guided.std(1) / plain.std(1) - 1).abs() > 0.001).all()
+    rescaled, half = (drawn(guidance=1.0, autoguidance=200.0, rescale=share) for share in (1.0, 0.5))
+    torch.testing.assert_close(rescaled.std(1), plain.std(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rescaled.mean(1), guided.mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(half, (rescaled + guided) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(drawn(guidance=1.0, autoguidance=1.0, rescale=0.5), plain)
 
 
 def noise_of(model, seed: int) -> torch.Tensor:
@@ -164,6 +180,9 @@ def noise_of(model, seed: int) -> torch.Tensor:
         ({"autoguidance": -0.1}, ConfigError, "autoguidance -0.1: 0 or more; 1 is none"),
         ({"autoguidance": math.inf}, ConfigError, "autoguidance inf"),
         ({"autoguidance": math.nan}, ConfigError, "autoguidance nan"),
+        ({"rescale": 1.5}, ConfigError, "rescale 1.5: from 0, none, to 1"),
+        ({"rescale": math.nan}, ConfigError, "rescale nan"),
+        ({"rescale": 0.5, "prior": "normal"}, InputError, "prior 'normal' knows no --rescale"),
         ({"schedule": "even"}, ConfigError, "schedule 'even': no such"),
         ({"autoguidance": 1.5, "prior": "normal"}, InputError, "prior 'normal' knows no --autoguidance"),
         ({"steps": 0}, ConfigError, "steps 0: at least 1"),
@@ -238,7 +257,7 @@ def test_guidance_is_seen_without_the_detail(tiny_dataset, tiny_run, tiny_settin
     detail = ["prior.detail_width=8", "prior.detail_blocks=1", "prior.lr=0.1"]
     model = load(train(tiny_dataset, tmp_path / "run", stage="prior", overrides=[*plain, *detail], start=tiny_run))
     prior, x0 = model._flow, noise_of(model, 3)
-    asked = Sampling(steps=1, solver="euler", guidance=1.5, autoguidance=1.25)
+    asked = Sampling(steps=1, solver="euler", guidance=1.5, autoguidance=1.25, rescale=0.0)
     draw, t = model.draw("flow", 3, 0, asked=asked), torch.zeros(1)
     c = prior.conditioning.standard(torch.tensor([draw.told.values]))
     with torch.no_grad():

@@ -235,6 +235,10 @@ def generate(
         float | None,
         typer.Option(min=0, help="How far to lead away from the flow's own Gaussian; 1: none. [default: the model's]"),
     ] = None,
+    rescale: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="How far guided scans get the contrast of unguided ones. [default: the model's]"),
+    ] = None,
     condition: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="What to be, e.g. position=0.4 or sex=F; repeatable. [default: as in training]"),
@@ -256,6 +260,7 @@ def generate(
     paths = generate(
         model, out, count=count, seed=seed, prior=prior, steps=steps, overwrite=overwrite, solver=solver, guidance=guidance,
         conditions=options.conditions(condition or []), slices=slices, schedule=schedule, autoguidance=autoguidance,
+        rescale=rescale,
     )  # fmt: skip
     for path in paths if is_first() else ():
         typer.echo(path)

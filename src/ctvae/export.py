@@ -26,7 +26,8 @@ PRIORS = ("flow", "normal")  # the fitted ones hold whole training latents
 CONFIG, CARD = "config.yaml", "README.md"
 NETWORKS = ("flow.",)
 OF_GROUPS = ("conditions.known", "conditions.scan_mm")
-SETTABLE = ("prior.sampling_steps", "prior.guidance", "prior.autoguidance", "prior.told")  # the rest describes what was trained
+DRAWING = ("sampling_steps", "guidance", "autoguidance", "rescale", "told")
+SETTABLE = tuple(f"prior.{name}" for name in DRAWING)  # the rest describes what was trained
 
 
 def export(run: Path | str, out: Path | str, *, card: Path | str | None = None, overrides: Sequence[str] = ()) -> Path:

@@ -366,10 +366,16 @@ class _Search:
 
     def _prior(self, cfg: Config) -> tuple[tuple[str, ...], dict[str, int]]:
         """The first settings with which the prior fits, its batch divided and made up for, and its peaks by phase."""
-        for changes in ((), *(option.changes for option in _prior_options(cfg, self._pinned))):
-            phases = dry.prior(with_overrides(cfg, changes), self.source.groups, self._kernels)
+        least = 0.0  # of a batch of one: what a step needs besides its batch does not get less with it
+        *larger, last = ((), *(option.changes for option in _prior_options(cfg, self._pinned)))
+        for changes in (*larger, last):
+            tried = with_overrides(cfg, changes)
+            if changes != last and not self._fits(least * tried.prior.batch):
+                continue
+            phases = dry.prior(tried, self.source.groups, self._kernels)
             if self._fits(max(phases.values())):
                 break
+            least = phases["flow"] / tried.prior.batch
         return changes, phases
 
     # --- in words --------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ class Sampling:
     slices: int | None = None
     schedule: str | None = None
     autoguidance: float | None = None
+    rescale: float | None = None
 
     def __post_init__(self) -> None:
         for what, name, known in (("solver", self.solver, flow.SOLVERS), ("schedule", self.schedule, flow.SCHEDULES)):
@@ -45,6 +46,8 @@ class Sampling:
         for what, weight in (("guidance", self.guidance), ("autoguidance", self.autoguidance)):
             if weight is not None and not 0 <= weight < math.inf:
                 raise ConfigError(f"{what} {weight}: 0 or more; 1 is none")
+        if self.rescale is not None and not 0 <= self.rescale <= 1:
+            raise ConfigError(f"rescale {self.rescale}: from 0, none, to 1")
         if self.slices is not None and self.slices < 2:
             raise InputError(f"slices {self.slices}: a volume has at least 2")
 
@@ -56,6 +59,7 @@ class Sampling:
             "schedule": self.schedule or flow.SCHEDULES[0],
             "guidance": cfg.guidance if self.guidance is None else self.guidance,
             "autoguidance": cfg.autoguidance if self.autoguidance is None else self.autoguidance,
+            "rescale": cfg.rescale if self.rescale is None else self.rescale,
             "asked": {**cfg.told, **self.conditions},
             "slices": self.slices or shape[0],
         }
@@ -67,6 +71,7 @@ class Sampling:
             "--schedule": self.schedule,
             "--guidance": self.guidance,
             "--autoguidance": self.autoguidance,
+            "--rescale": self.rescale,
             "--condition": self.conditions or None,
         }
         return [name for name, value in given.items() if value is not None]
@@ -112,7 +117,7 @@ class FlowPrior:
         starts = slabs.covering(size[1], latent_shape[1]) if len(size) == 4 else [0]
         positions = self.positions(told, starts, latent_shape[1], size[1]) if len(starts) > 1 else ()
         each = [told.having("position", position) for position in positions] or [told]
-        velocities = [self._guided(one, facts["guidance"], facts["autoguidance"]) for one in each]
+        velocities = [self._guided(one, facts["guidance"], facts["autoguidance"], facts["rescale"]) for one in each]
         velocity = slabs.joint(velocities, starts, latent_shape[1]) if positions else velocities[0]
         x1 = flow.sample(velocity, x0, flow.times(facts["steps"], facts["schedule"]), facts["solver"])
         if positions:
@@ -137,13 +142,13 @@ class FlowPrior:
         channels, depth, height, width = latent_shape
         return channels, max(depth, math.ceil(slices * depth / self.shape[0])), height, width
 
-    def _guided(self, told: Told, guidance: float, autoguidance: float) -> flow.Velocity:
+    def _guided(self, told: Told, guidance: float, autoguidance: float, rescale: float) -> flow.Velocity:
         """What conditions do is seen without the detail, which is asked once: it is the same with them (docs/log.md)."""
         network = self.network
         c = self.conditioning.standard(torch.tensor([told.values])).to(network.mean.device)  # [1 K]
         none = torch.full_like(c, math.nan)
 
-        def led(x: Tensor, t: Tensor) -> Tensor:
+        def at(x: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16"):
                 coarse = network.coarse(x, t, c)
                 velocity, away = network.detailed(coarse, x, t, c), []
@@ -151,9 +156,10 @@ class FlowPrior:
                     away.append((coarse, network.coarse(x, t, none), guidance))
                 if autoguidance != 1:
                     away.append((velocity, network.linear(x, t), autoguidance))
-            return flow.guided(velocity, away)
+            led = flow.guided(velocity, away)
+            return flow.rescaled(led, velocity, x, t, rescale) if away and rescale and x.ndim > 2 else led
 
-        return led
+        return at
 
 
 def refuse(asked: Sampling, prior: str, shape: Size3, spatial: bool) -> None:
