@@ -143,13 +143,13 @@ def test_drawn_patches_are_held_to_what_they_were(tiny_run):
     pair = finish.FinishedPair(network.decoder, PatchDiscriminator(4, (-0.2, 0.2)), (-0.2, 0.2))
     objective = finish.FinishObjective(network, pair, cfg)
     x, drawn = torch.zeros(1, 1, *cfg.data.shape), torch.randn(1, *network.latent_shape)
-    _, terms = objective(x, drawn, torch.Generator().manual_seed(1))
+    *_, terms = objective(x, drawn, torch.Generator().manual_seed(1))
     assert terms["anchor"] < 1e-6
     before = network.decode(drawn).detach()
     with torch.no_grad():
         for parameter in network.decoder.parameters():
             parameter += 0.01 * torch.randn(parameter.shape)
-    y, terms = objective(x, drawn, torch.Generator().manual_seed(1))
+    _, y, terms = objective(x, drawn, torch.Generator().manual_seed(1))
     torch.testing.assert_close(terms["anchor"], finish.coarse_difference(y[1:], before))
     assert not any(p.requires_grad for p in objective.before.parameters())
 

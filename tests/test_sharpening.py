@@ -56,14 +56,37 @@ def objectives(*settings: str, perceptual: PerceptualTerm | None = None) -> dict
         network, x, random = build(cfg.model, SHAPE), volume(0), torch.Generator().manual_seed(1)
         if stage == "polish":
             discriminator = PatchDiscriminator(4, SOFT)
-            y, terms = DecoderObjective(network, discriminator, cfg, perceptual=perceptual)(x, random)
+            _, y, terms = DecoderObjective(network, discriminator, cfg, perceptual=perceptual)(x, random)
         else:
             pair = FinishedPair(network.decoder, PatchDiscriminator(4, SOFT), SOFT)
             discriminator = pair.discriminator
             drawn = torch.randn(1, *network.latent_shape, generator=torch.Generator().manual_seed(2))
-            y, terms = FinishObjective(network, pair, cfg, perceptual=perceptual)(x, drawn, random)
+            _, y, terms = FinishObjective(network, pair, cfg, perceptual=perceptual)(x, drawn, random)
         found[stage] = terms, y, discriminator
     return found
+
+
+# --- what losses see of a patch
+
+
+def test_losses_leave_the_sides_of_a_patch_out():
+    """Whatever a scan or a decoded patch is there; a patch that is all of a group along an axis has its sides in it."""
+    plain = ["data.patch=[16,8,16]", "data.shape=[16,16,32]", "polish.margin=1", "polish.slope_penalty=0"]
+    cfg = load_recipe("wavelet3d", [*SMALL, *plain])
+    assert [cfg.margin_of(stage) for stage in ("polish", "finish")] == [(0, 0, 4), (0, 0, 4)]
+    assert load_recipe("wavelet3d", [*SMALL, *plain, "data.patch=[8,16,16]"]).margin_of("finish") == (0, 0, 4)
+    assert load_recipe("wavelet3d", [*SMALL, *plain, "polish.patch=whole"]).margin_of("polish") == (0, 0, 0)
+    assert load_recipe("wavelet3d", ["data.shape=[64,256,256]"]).margin_of("finish") == (8, 8, 8)
+    torch.manual_seed(0)
+    network, discriminator = build(cfg.model, (16, 8, 16)), PatchDiscriminator(4, SOFT)
+    x = 2 * torch.rand(1, 1, 16, 8, 16) - 1
+    other = x.clone()
+    other[..., :4], other[..., -4:] = 0.5, -0.5
+    network.encode = lambda _: 2 * (torch.zeros(1, 2, 4, 2, 4),)
+    found = [DecoderObjective(network, discriminator, cfg)(z, torch.Generator().manual_seed(1)) for z in (x, other)]
+    assert torch.equal(found[0][0], x[..., 4:-4])
+    assert found[0][1].shape == (1, 1, 16, 8, 8)
+    assert found[0][2] == found[1][2]
 
 
 # --- which adversarial loss

@@ -203,6 +203,7 @@ class Sharpening(Training):
     lr: Positive = 5e-5
     warmup: int = Field(150, ge=1, description="steps of linear warm-up; Adam's first ones go each way with full force")
     patch: Sides | Literal["whole"] | None = Field(None, description="random crop per step, or `whole` groups; none: data.patch")
+    margin: int = Field(2, ge=0, description="latent voxels at a patch's sides that losses leave out: they lack what is beyond")
     adversarial: Literal["hinge", "lsgan", "relativistic"] = Field("relativistic", description="loss on logits")
     adversarial_weight: float = Field(0.1, ge=0)
     feature_weight: float = Field(0.05, ge=0, description="on the discriminator's features of what is reconstructed")
@@ -291,6 +292,18 @@ class Config(Section):
         """D H W of the crop that a step of autoencoder, polish or finish trains on; none: whole groups."""
         own = getattr(getattr(self, stage), "patch", None)
         return self.data.patch if own is None else None if own == "whole" else own
+
+    def margin_of(self, stage: str) -> Size3:
+        """Voxels at either side of a patch of polish or finish that its losses leave out, along D H W.
+
+        None along an axis where the patch is the whole group, and nowhere more than a quarter of the patch.
+        """
+        whole, grid, least = self.data.shape, self.model.grid, getattr(self, stage).margin
+        if whole is None or self.patch_of(stage) is None:
+            return 0, 0, 0
+        sizes = zip(self.patch_of(stage) or whole, whole, grid, strict=True)
+        d, h, w = (min(least, size // 4 // step) * step if size < most else 0 for size, most, step in sizes)
+        return d, h, w
 
     @model_validator(mode="after")
     def _only_spatial_decoders_are_sharpened(self) -> Config:

@@ -128,7 +128,7 @@ def training(cfg: Config, kernels: Kernels, make: Builder = build) -> TrainingCo
 def polish(cfg: Config, kernels: Kernels) -> int:
     """Peak of `polish_decoder`: a step as it is after the first, validation and saving. A downloaded network is not in it."""
 
-    def draw(network: Wavelet3DVAE, pair: Pair, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def draw(network: Wavelet3DVAE, pair: Pair, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         return DecoderObjective(network, pair.discriminator, cfg)(x, generator(0, 0))
 
     return _decoder_against_a_judge(cfg, "polish", Pair, draw, kernels)
@@ -138,7 +138,7 @@ def finish(cfg: Config, kernels: Kernels) -> int:
     """Peak of `finish_decoder`, of which half of each batch has been drawn: a step, validation and saving."""
     soft = Reconstruction(cfg.autoencoder, cfg.data.window_hu).soft
 
-    def draw(network: Wavelet3DVAE, pair: Pair, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def draw(network: Wavelet3DVAE, pair: Pair, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         assert isinstance(pair, FinishedPair)
         sizes = (size // step for size, step in zip(x.shape[2:], network.cfg.grid, strict=True))
         drawn = torch.empty(len(x), network.cfg.latent_channels, *sizes)  # [B Z d h w]
@@ -149,7 +149,7 @@ def finish(cfg: Config, kernels: Kernels) -> int:
 
 def _decoder_against_a_judge(
     cfg: Config, stage: str, make_pair: Callable[..., Pair],
-    draw: Callable[[Wavelet3DVAE, Pair, Tensor], tuple[Tensor, dict[str, Tensor]]], kernels: Kernels,
+    draw: Callable[[Wavelet3DVAE, Pair, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]], kernels: Kernels,
 ) -> int:  # fmt: skip
     settings: Sharpening = getattr(cfg, stage)
     with dry_run(kernels) as ledger:
@@ -169,7 +169,7 @@ def _decoder_against_a_judge(
         x = torch.empty(settings.batch, 1, *step_shape(cfg, stage))  # [B 1 D H W]
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
             pair.discriminator.requires_grad_(False)
-            y, terms = draw(network, pair, x)
+            x, y, terms = draw(network, pair, x)
             torch.stack(list(terms.values())).sum().backward()
             pair.discriminator.requires_grad_(True)
             DiscriminatorObjective(pair.discriminator, settings)(x, y.detach(), torch.Generator()).backward()

@@ -34,7 +34,7 @@ from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
 from ctvae.training.moments import Moments
 from ctvae.training.perceptual import PerceptualTerm, perceptual_term
-from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, build_player, gradient_norm
+from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, build_player, gradient_norm, within
 from ctvae.training.tally import Tally
 from ctvae.training.tone import fit_tone
 
@@ -62,14 +62,16 @@ class FinishObjective(nn.Module):
         assert isinstance(network, Wavelet3DVAE)
         self.before = Decoder(network.cfg).requires_grad_(False)
         self.before.load_state_dict(network.decoder.state_dict())
-        self.perceptual = perceptual
+        self.perceptual, self.margin = perceptual, cfg.margin_of("finish")
         self.reconstruction = Reconstruction(cfg.autoencoder, cfg.data.window_hu)
 
-    def forward(self, x: Tensor, drawn: Tensor, random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Real patches x [B 1 D H W] and drawn latents [B Z d h w] -> decoded ones [2B 1 D H W] and the loss terms."""
+    def forward(self, x: Tensor, drawn: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Real patches x [B 1 D H W] and drawn latents [B Z d h w] -> x, decoded ones [2B 1 D H W], both without their margins,
+        and the loss terms."""
         cfg, pair, network = self.cfg, self.pair, self.network
         encoded = noisy_latents(network, x, cfg.latent_noise, random, self.ranks)
         y = network.decode(torch.cat((encoded, drawn.to(encoded.dtype)))).float()
+        x, y = within(x, self.margin), within(y, self.margin)
         again, made = y.chunk(2)
         logits, fake = pair.discriminator(y)
         with torch.no_grad():
@@ -81,11 +83,11 @@ class FinishObjective(nn.Module):
         }
         if cfg.anchor_weight:
             with torch.no_grad():
-                before = self.before(drawn.to(encoded.dtype))
+                before = within(self.before(drawn.to(encoded.dtype)), self.margin)
             terms["anchor"] = cfg.anchor_weight * coarse_difference(made, before)
         if self.perceptual is not None:
             terms["perceptual"] = cfg.perceptual_weight * self.perceptual(again, x, random)
-        return y, {**self.reconstruction(again, x), **terms}
+        return x, y, {**self.reconstruction(again, x), **terms}
 
 
 def coarse_difference(a: Tensor, b: Tensor) -> Tensor:
@@ -174,7 +176,7 @@ def finish_decoder(
                 size: Size3 = (x.shape[2], x.shape[3], x.shape[4])
                 drawn = fabric.to_device(samples.batch(settings.batch, size, cfg.seed + 3, part))  # [B Z d h w]
                 pair.discriminator.requires_grad_(False)
-                y, terms = draw(x, drawn, generator(cfg.seed + 3, part))
+                x, y, terms = draw(x, drawn, generator(cfg.seed + 3, part))
                 fabric.backward(sum(terms.values()) / settings.accumulate)
                 pair.discriminator.requires_grad_(True)
                 terms["discriminator"] = tell(x, y.detach(), generator(cfg.seed + 3, part, stream=43))

@@ -39,7 +39,6 @@ FAINT = (-0.95, -0.3)  # the highest value of a cell in lungs, or in air that is
 LUNG = (-0.95, -0.4)  # the mean of a cell in lungs, and of all cells about it
 LUNG_BINS = 12  # the lowest: to -400 HU
 TISSUES = (-0.95, -0.3, -0.15, -0.05, 0.0, 0.08, 1.0)  # the mean of a cell: airways and lungs, rims, fat, both, muscle, bone
-EVEN = (-0.05, 0.15)  # all values of a cell of soft tissue alone, where what is left is noise
 MOST_OFF = 3.0  # spreads, beyond which nothing pulls harder
 RATE = 0.01  # of the multipliers, a step
 MOST_DUE = 3.0  # of a multiplier: with 20, 3,000 steps made outlines dissolve
@@ -61,8 +60,7 @@ class Moments(nn.Module):
         super().__init__()
         self.soft, self.average = (soft if soft[0] < soft[1] else (-1.0, 1.0)), average
         bands = (2 * LEVELS + 2) * (haar.bands((2, 2, 2)) - 1)
-        bands += 2 * (haar.bands((2, 2, 2)) - 1)  # of even cells
-        steps = 3 * (len(LAGS) + len(SMALL) + len(TISSUES) - 1)
+        steps = 3 * (len(LAGS) + len(SMALL) + CELL + len(TISSUES) - 1)
         size = BINS - AIR_BINS + SOFT_BINS - 1 + bands + steps + LUNG_BINS + 2 * CELL**3
         self.real, self.fake, self.square, self.multiplier = (nn.Buffer(torch.zeros(size)) for _ in range(4))
         self.seen = nn.Buffer(torch.zeros(()))
@@ -96,14 +94,15 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     How often values below each of BINS from -1 to 1 occur, air aside; size of the detail bands of LEVELS Haar levels, of the
     whole range and of the soft tissue window; how often values below each of SOFT_BINS of it occur; mean |difference| of
     neighbours along D, H, W, both in it, in its widths, at LAGS, and of next neighbours with those above each of SMALL counted
-    as that; size of the detail bands of two levels in faint cells, and in even ones; mean |difference| of neighbours along D, H,
-    W within cells of each of TISSUES; how often values below each of LUNG_BINS occur in lungs; the mean faint cell and the mean
-    cell of tissue, less their own means: nothing in scans, and in what is decoded the lattice that a decoder leaves.
+    as that; size of the detail bands of two levels in faint cells; mean |difference| of neighbours by where in a cell they lie,
+    and within cells of each of TISSUES; how often values below each of LUNG_BINS occur in lungs; the mean faint cell and the
+    mean cell of tissue, less their own means: nothing in scans, and in what is decoded the lattice that a decoder leaves.
     Air counts for nothing but in lungs: how much of a patch is air is a matter of where it lies, and nothing is to be gained by
     ripples in it.
     """
     d, h, w = (size // CELL * CELL for size in x.shape[2:])
-    x = x[..., :d, :h, :w].float().clamp(-1, 1)
+    unbounded = x[..., :d, :h, :w].float()
+    x = unbounded.clamp(-1, 1)
     low, high = soft
     inside = (x.detach() > AIR).float()
     window = x.clamp(low, high) * (2 / (high - low))
@@ -112,14 +111,13 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     fine = _cumulative(scaled, SOFT_BINS, inside)[:-1] / _size(inside)
     most, least = F.max_pool3d(x.detach(), CELL), -F.max_pool3d(-x.detach(), CELL)
     faint, tissue = ((most > FAINT[0]) & (most < FAINT[1])).float(), (least > low).float()  # [B 1 d h w] cells
-    even = ((least > EVEN[0]) & (most < EVEN[1])).float()
     mean = F.avg_pool3d(x.detach(), CELL)
     lowest, highest = -F.max_pool3d(-mean, 3, stride=1, padding=1), F.max_pool3d(mean, 3, stride=1, padding=1)
     lung = _voxels(((lowest > LUNG[0]) & (highest < LUNG[1])).float())
     return torch.cat([
         shares, _bands(x, inside), _bands(window, inside), fine, _steps(x, low, high), _bands(x, _voxels(faint), 2),
-        _bands(window, _voxels(even), 2), _steps_by_tissue(scaled / 2, mean),
-        _cumulative(x, BINS, lung)[:LUNG_BINS] / _size(lung), _mean_cell(x, faint), _mean_cell(window, tissue),
+        _steps_by_place(scaled / 2, (x.detach() > low).float()), _steps_by_tissue(scaled / 2, mean),
+        _cumulative(_reached(unbounded), BINS, lung)[:LUNG_BINS] / _size(lung), _mean_cell(x, faint), _mean_cell(window, tissue),
     ])  # fmt: skip
 
 
@@ -148,6 +146,18 @@ def _steps(x: Tensor, low: float, high: float) -> Tensor:
     return torch.stack(found)
 
 
+def _steps_by_place(window: Tensor, inside: Tensor) -> Tensor:
+    """As `_steps`, by the place of the first of both voxels in its cell: scans have no lattice, and those within a cell and from
+    one to the next are alike."""
+    found = []
+    for axis in (2, 3, 4):
+        length = window.shape[axis] - 1
+        both = (inside.narrow(axis, 0, length) * inside.narrow(axis, 1, length)).movedim(axis, 0)
+        step = window.diff(dim=axis).abs().movedim(axis, 0)
+        found += [(step[n::CELL] * both[n::CELL]).sum() / both[n::CELL].sum().clamp_min(1) for n in range(CELL)]
+    return torch.stack(found)
+
+
 def _steps_by_tissue(window: Tensor, mean: Tensor) -> Tensor:
     """Of a soft tissue window [B 1 D H W], one unit wide, between neighbours within a cell whose `mean` [B 1 d h w] is one of
     TISSUES."""
@@ -159,6 +169,11 @@ def _steps_by_tissue(window: Tensor, mean: Tensor) -> Tensor:
         step = cells.diff(dim=axis).abs().mean((2, 4, 6))  # [B d h w]
         found += [(step * tissue).sum() / _size(tissue) for tissue in chosen]
     return torch.stack(found)
+
+
+def _reached(x: Tensor) -> Tensor:
+    """x in -1..1, with a gradient for what lies beyond as well: a lung's darkest values would stay there."""
+    return x + (x.clamp(-1, 1) - x).detach()
 
 
 def _voxels(chosen: Tensor) -> Tensor:
