@@ -169,7 +169,7 @@ def _steps_by_tissue(window: Tensor, mean: Tensor) -> Tensor:
 
 
 def _dark(x: Tensor, mean: Tensor) -> Tensor:
-    """By how much values lie below what counts as air in cells amid lungs, by their `mean` [B 1 d h w]; averaged over all: [1]."""
+    """By how much values lie below what counts as air in cells amid lungs, by their `mean` [B 1 d h w], averaged: [1]."""
     lowest, highest = -F.max_pool3d(-mean, 3, stride=1, padding=1), F.max_pool3d(mean, 3, stride=1, padding=1)
     lung = ((lowest > LUNG[0]) & (highest < LUNG[1])).float()
     return (F.relu(AIR - x) * _voxels(lung)).mean()[None]
