@@ -263,7 +263,7 @@ class Prior(Training):
     sampling_steps: int = Field(20, ge=1, le=10_000, description="steps of the solver at generation, whichever solver it is")
     guidance: float = Field(1.5, ge=0, allow_inf_nan=False, description="classifier-free guidance by the conditions; 1: none")
     autoguidance: float = Field(1.0, ge=0, allow_inf_nan=False, description="guidance away from the Gaussian; 1: none")
-    rescale: float = Field(1.0, ge=0, le=1, description="how far guided samples get the spread of unguided ones; 0: not at all")
+    rescale: float = Field(0.5, ge=0, le=1, description="how far guided samples get the spread of unguided ones; 0: not at all")
     time_shift: float = Field(-0.8, ge=-10, le=10, description="of the logit of training times: lower is nearer to the noise")
     time_spread: Positive = Field(1.4, description="of the logit of training times")
     null_probability: float = Field(0.1, ge=0, le=1, description="share of steps that hide the conditions")
