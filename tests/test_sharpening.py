@@ -71,7 +71,7 @@ def objectives(*settings: str, perceptual: PerceptualTerm | None = None) -> dict
 
 def test_losses_leave_the_sides_of_a_patch_out():
     """Whatever a scan or a decoded patch is there; a patch that is all of a group along an axis has its sides in it."""
-    plain = ["data.patch=[16,8,16]", "finish.patch=[16,8,16]", "data.shape=[16,16,32]", "polish.margin=1", "polish.slope_penalty=0"]
+    plain = ["data.patch=[16,8,16]", "finish.patch=[16,8,16]", "data.shape=[16,16,32]", "polish.margin=1"]
     cfg = load_recipe("wavelet3d", [*SMALL, *plain])
     assert [cfg.margin_of(stage) for stage in ("polish", "finish")] == [(0, 0, 4), (0, 0, 4)]
     assert load_recipe("wavelet3d", [*SMALL, *plain, "data.patch=[4,16,16]"]).margin_of("polish") == (0, 0, 4)
