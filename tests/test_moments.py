@@ -22,8 +22,7 @@ def patches(seed: int, scale: float = 1.0, shape=(2, 1, 8, 12, 16)) -> torch.Ten
 SHARES = slice(0, BINS - AIR_BINS)
 BANDS = slice(SHARES.stop, SHARES.stop + 7 * LEVELS)  # of all above the soft tissue window's lower end, and as many of it
 CELLS = slice(-2 * CELL**3, None)  # the mean faint one, and that of tissue
-DARK = slice(CELLS.start - 1, CELLS.start)
-BY_TISSUE = slice(DARK.start - 3 * (len(TISSUES) - 1), DARK.start)
+BY_TISSUE = slice(CELLS.start - 3 * (len(TISSUES) - 1), CELLS.start)
 BY_PLACE = slice(BY_TISSUE.start - 3 * CELL, BY_TISSUE.start)
 FAINT_BANDS = slice(BY_PLACE.start - 14, BY_PLACE.start)
 STEPS = slice(FAINT_BANDS.start - 3 * (len(LAGS) + len(SMALL)), FAINT_BANDS.start)
@@ -112,19 +111,6 @@ def test_steps_by_place_tell_a_lattice_from_texture():
     exact = [step[n::CELL][both[n::CELL]].mean() for n in range(CELL)]
     np.testing.assert_allclose(found[0], exact, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(found[1:], found[1:].mean(1, keepdim=True).expand(2, CELL), rtol=0.1, atol=0)
-
-
-def test_dark_lungs_are_told_to_go_up():
-    """By values amid lungs that count as air elsewhere, below the window too; beside a body, or in a windpipe, by none."""
-    random = torch.Generator().manual_seed(0)
-    lung = torch.where(torch.rand(1, 1, 16, 16, 16, generator=random) < 0.2, -1.1, -0.75).requires_grad_()
-    dark = statistics(lung, SOFT)[DARK]
-    torch.testing.assert_close(dark, 0.2 * (lung < -1).float().mean()[None])
-    dark.sum().backward()
-    assert torch.equal(lung.grad < 0, lung < -1)
-    body = patches(1, shape=(1, 1, 16, 16, 16))
-    body[..., 8:] = -0.98
-    assert not statistics(body, SOFT)[DARK].any()
 
 
 def test_nothing_is_gained_by_holes_in_an_outline():

@@ -325,6 +325,23 @@ def test_bf16_is_what_a_recipe_in_float32_is_offered():
         assert planner.next_smaller(cfg, stage, {f"{stage}.precision"}) is None
 
 
+@pytest.mark.parametrize("gb", [0.5, 2.0, 4.0, 6.0, 40.0])
+def test_batches_of_the_prior_that_cannot_fit_are_not_run_dry(gb, monkeypatch):
+    """The batch is the largest that fits, found without trying those of which a larger one tells that they do not."""
+    tried = []
+
+    def dry_prior(cfg, groups, kernels):
+        tried.append(cfg.prior.batch)
+        return {"encoding": 0, "flow": int((0.4 + 1.6 * cfg.prior.batch) * planner.GB)}
+
+    monkeypatch.setattr(planner.dry, "prior", dry_prior)
+    changes, _ = planner._Search("wavelet3d", planner.Source((64, 64, 64)), gb, ())._prior(load_recipe("wavelet3d"))
+    batch = load_recipe("wavelet3d", changes).prior.batch
+    fit = [batch for batch in (8, 4, 2, 1) if 0.4 + 1.6 * batch <= gb * (1 - planner.KEPT_FREE)]
+    assert tried[-1] == (fit[0] if fit else 1) == batch
+    assert len(tried) <= 3
+
+
 def test_a_machine_without_bf16_is_planned_for_in_float32(monkeypatch):
     asked = ("data.patch=[16,64,64]", "prior.batch=1", "autoencoder.batch=1", "polish.batch=1", "finish.enabled=false")
     half = planner.weigh("wavelet3d", planner.Source(SIZE), 24, asked)

@@ -84,10 +84,21 @@ def test_losses_leave_the_sides_of_a_patch_out():
     other = x.clone()
     other[..., :4], other[..., -4:] = 0.5, -0.5
     network.encode = lambda _: 2 * (torch.zeros(1, 2, 4, 2, 4),)
-    found = [DecoderObjective(network, discriminator, cfg)(z, torch.Generator().manual_seed(1)) for z in (x, other)]
-    assert torch.equal(found[0][0], x[..., 4:-4])
-    assert found[0][1].shape == (1, 1, 16, 8, 8)
-    assert found[0][2] == found[1][2]
+    drawn = torch.randn(1, 2, 4, 2, 4)
+    for seen in ("polish", "finish"):
+        found = []
+        for patch in (x, other):
+            random = torch.Generator().manual_seed(1)
+            if seen == "polish":
+                found.append(DecoderObjective(network, discriminator, cfg)(patch, random))
+            else:
+                pair = FinishedPair(network.decoder, discriminator, SOFT)
+                found.append(FinishObjective(network, pair, cfg)(patch, drawn, random))
+        (inner, y, terms), (_, _, others) = found
+        assert torch.equal(inner, x[..., 4:-4])
+        assert y.shape[2:] == (16, 8, 8)
+        assert terms == others
+    assert terms["anchor"] < 1e-6, "the decoder as it was is seen without its sides as well"
 
 
 # --- which adversarial loss

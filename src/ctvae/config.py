@@ -298,11 +298,11 @@ class Config(Section):
 
         None along an axis where the patch is the whole group, and nowhere more than a quarter of the patch.
         """
-        whole, grid, least = self.data.shape, self.model.grid, getattr(self, stage).margin
-        if whole is None or self.patch_of(stage) is None:
+        patch, whole, most = self.patch_of(stage), self.data.shape, getattr(self, stage).margin
+        if patch is None or whole is None:
             return 0, 0, 0
-        sizes = zip(self.patch_of(stage) or whole, whole, grid, strict=True)
-        d, h, w = (min(least, size // 4 // step) * step if size < most else 0 for size, most, step in sizes)
+        sizes = zip(patch, whole, self.model.grid, strict=True)
+        d, h, w = (min(most, size // 4 // step) * step if size < all_of_it else 0 for size, all_of_it, step in sizes)
         return d, h, w
 
     @model_validator(mode="after")

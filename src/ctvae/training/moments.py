@@ -36,7 +36,6 @@ CELL = 4  # voxels along each axis, of two Haar levels: a decoder's own lattice
 LAGS = (1, 2, 4)
 SMALL = (0.025, 0.0625, 0.15)  # of the soft tissue window: 10, 25 and 60 HU. Larger differences count as one of these
 FAINT = (-0.95, -0.3)  # the highest value of a cell in lungs, or in air that is not empty
-LUNG = (-0.95, -0.4)  # the mean of a cell in lungs, and of all cells about it
 TISSUES = (-0.95, -0.3, -0.15, -0.05, 0.0, 0.08, 1.0)  # the mean of a cell: airways and lungs, rims, fat, both, muscle, bone
 MOST_OFF = 3.0  # spreads, beyond which nothing pulls harder
 RATE = 0.01  # of the multipliers, a step
@@ -60,7 +59,7 @@ class Moments(nn.Module):
         self.soft, self.average = (soft if soft[0] < soft[1] else (-1.0, 1.0)), average
         bands = (2 * LEVELS + 2) * (haar.bands((2, 2, 2)) - 1)
         steps = 3 * (len(LAGS) + len(SMALL) + CELL + len(TISSUES) - 1)
-        size = BINS - AIR_BINS + SOFT_BINS - 1 + bands + steps + 1 + 2 * CELL**3
+        size = BINS - AIR_BINS + SOFT_BINS - 1 + bands + steps + 2 * CELL**3
         self.real, self.fake, self.square, self.multiplier = (nn.Buffer(torch.zeros(size)) for _ in range(4))
         self.seen = nn.Buffer(torch.zeros(()))
 
@@ -94,14 +93,13 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     that is not below the soft tissue window and of that window; how often values below each of SOFT_BINS of it occur; mean
     |difference| of neighbours along D, H, W, both in it, in its widths, at LAGS, and of next neighbours with those above each of
     SMALL counted as that; size of the detail bands of two levels in faint cells; mean |difference| of neighbours by where in a
-    cell they lie, and within cells of each of TISSUES; how dark lungs are beyond what counts as air; the mean faint cell and the
-    mean cell of tissue, less their own means: nothing in scans, and in what is decoded the lattice that a decoder leaves.
-    Other air counts for nothing: how much of a patch is air is a matter of where it lies, and nothing is to be gained by ripples
-    in it, or by holes in outlines, which would make up for sharp bones in bands of the whole range.
+    cell they lie, and within cells of each of TISSUES; the mean faint cell and the mean cell of tissue, less their own means:
+    nothing in scans, and in what is decoded the lattice that a decoder leaves.
+    Air counts for nothing: how much of a patch is air is a matter of where it lies, and nothing is to be gained by ripples in it,
+    or by holes in outlines, which would make up for sharp bones in bands of the whole range.
     """
     d, h, w = (size // CELL * CELL for size in x.shape[2:])
-    unbounded = x[..., :d, :h, :w].float()
-    x = unbounded.clamp(-1, 1)
+    x = x[..., :d, :h, :w].float().clamp(-1, 1)
     low, high = soft
     inside = (x.detach() > AIR).float()
     window = x.clamp(low, high) * (2 / (high - low))
@@ -114,7 +112,7 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     return torch.cat([
         shares, _bands(x.clamp_min(low), inside), _bands(window, inside), fine, _steps(x, low, high),
         _bands(x, _voxels(faint), 2), _steps_by_place(scaled / 2, (x.detach() > low).float()),
-        _steps_by_tissue(scaled / 2, mean), _dark(unbounded, mean), _mean_cell(x, faint), _mean_cell(window, tissue),
+        _steps_by_tissue(scaled / 2, mean), _mean_cell(x, faint), _mean_cell(window, tissue),
     ])  # fmt: skip
 
 
@@ -166,13 +164,6 @@ def _steps_by_tissue(window: Tensor, mean: Tensor) -> Tensor:
         step = cells.diff(dim=axis).abs().mean((2, 4, 6))  # [B d h w]
         found += [(step * tissue).sum() / _size(tissue) for tissue in chosen]
     return torch.stack(found)
-
-
-def _dark(x: Tensor, mean: Tensor) -> Tensor:
-    """By how much values lie below what counts as air in cells amid lungs, by their `mean` [B 1 d h w], averaged: [1]."""
-    lowest, highest = -F.max_pool3d(-mean, 3, stride=1, padding=1), F.max_pool3d(mean, 3, stride=1, padding=1)
-    lung = ((lowest > LUNG[0]) & (highest < LUNG[1])).float()
-    return (F.relu(AIR - x) * _voxels(lung)).mean()[None]
 
 
 def _voxels(chosen: Tensor) -> Tensor:
