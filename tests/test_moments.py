@@ -28,15 +28,29 @@ FAINT_BANDS = slice(BY_PLACE.start - 14, BY_PLACE.start)
 STEPS = slice(FAINT_BANDS.start - 3 * (len(LAGS) + len(SMALL)), FAINT_BANDS.start)
 
 
-def test_shares_are_a_cumulative_histogram_of_what_is_not_air():
+def test_shares_are_a_cumulative_histogram_of_cells_that_are_not_empty():
     centres = torch.linspace(-1, 1, BINS)
     x = centres[torch.randint(BINS, (1, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0))]
-    found = statistics(x, SOFT)[SHARES].numpy()
-    values = x[x > AIR].numpy()
-    exact = np.histogram(values, bins=BINS, range=(-1 - 1 / (BINS - 1), 1 + 1 / (BINS - 1)))[0] / values.size
-    np.testing.assert_allclose(found, exact[AIR_BINS:].cumsum(), atol=1e-4)
+    found = statistics(torch.cat((x, torch.full_like(x, -1.0)), dim=2), SOFT)[SHARES].numpy()
+    exact = np.histogram(x.numpy(), bins=BINS, range=(-1 - 1 / (BINS - 1), 1 + 1 / (BINS - 1)))[0] / x.numel()
+    np.testing.assert_allclose(found, exact[::-1].cumsum()[::-1][AIR_BINS:], atol=1e-4)
     between = statistics(torch.full((1, 1, 4, 4, 4), (centres[3] * 0.25 + centres[4] * 0.75).item()), SOFT)[SHARES]
-    torch.testing.assert_close(between[3 - AIR_BINS : 5 - AIR_BINS], torch.tensor([0.25, 1.0]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(between[3 - AIR_BINS : 6 - AIR_BINS], torch.tensor([1.0, 0.75, 0.0]), atol=1e-4, rtol=0)
+
+
+def test_lungs_do_not_leave_the_count_by_getting_darker():
+    """Nor are they darkened for partial volumes elsewhere: each value is pulled by what is off next to it alone."""
+    moments, random = Moments(SOFT), torch.Generator().manual_seed(0)
+    for _ in range(12):
+        lung, darker = (level + 0.02 * torch.randn(1, 1, 8, 8, 8, generator=random) for level in (-0.82, -0.94))
+        tissue, rims = patches(3, shape=(1, 1, 8, 8, 8)), -0.5 + 0.1 * torch.rand(1, 1, 8, 8, 8, generator=random)
+        fake, real = torch.cat((darker, rims, tissue)), torch.cat((lung, tissue, tissue))
+        moments(fake, real)
+    fake.requires_grad_()
+    (moments.off() * statistics(fake, SOFT))[SHARES].sum().backward()
+    countable = fake.detach()[0] > -0.945
+    assert (fake.grad[0][countable] < 0).float().mean() > 0.9  # downhill is brighter
+    assert (fake.grad[1] < 0).float().mean() > 0.9  # and of rims where tissue should be
 
 
 def test_what_is_too_frequent_over_a_wide_range_is_told_where_to_go():
@@ -59,8 +73,8 @@ def test_soft_tissue_has_a_finer_histogram():
     inside = x[x > AIR].clamp(low, high).numpy()
     found = statistics(x, SOFT)[BANDS.stop + 7 * LEVELS : BANDS.stop + 7 * LEVELS + SOFT_BINS - 1].numpy()
     half = (high - low) / (SOFT_BINS - 1) / 2
-    exact = np.histogram(inside, bins=SOFT_BINS, range=(low - half, high + half))[0].cumsum() / inside.size
-    np.testing.assert_allclose(found, exact[:-1], atol=0.02)  # shared by the nearest two, where numpy gives all to one
+    exact = np.histogram(inside, bins=SOFT_BINS, range=(low - half, high + half))[0][::-1].cumsum()[::-1] / inside.size
+    np.testing.assert_allclose(found, exact[1:], atol=0.02)  # shared by the nearest two, where numpy gives all to one
 
 
 def test_it_does_not_matter_how_much_of_a_patch_is_air():

@@ -29,13 +29,14 @@ from ctvae import haar
 BINS = 40
 SOFT_BINS = 41  # 10 HU each from -160 to 240 HU: fat and muscle are narrow peaks
 AIR_BINS = 2  # the lowest
+EMPTY = -0.95  # the highest value of a cell of air, noise of air included
 AIR = -0.9
 LEAST_SHARE = 0.05  # of a patch: in less that is not air there is little to see
 LEVELS = 3  # of Haar bands: up to 8 voxels
 CELL = 4  # voxels along each axis, of two Haar levels: a decoder's own lattice
 LAGS = (1, 2, 4)
 SMALL = (0.025, 0.0625, 0.15)  # of the soft tissue window: 10, 25 and 60 HU. Larger differences count as one of these
-FAINT = (-0.95, -0.3)  # the highest value of a cell in lungs, or in air that is not empty
+FAINT = (EMPTY, -0.3)  # the highest value of a cell in lungs, or in air that is not empty
 TISSUES = (-0.95, -0.3, -0.15, -0.05, 0.0, 0.08, 1.0)  # the mean of a cell: airways and lungs, rims, fat, both, muscle, bone
 MOST_OFF = 3.0  # spreads, beyond which nothing pulls harder
 RATE = 0.01  # of the multipliers, a step
@@ -89,14 +90,15 @@ class Moments(nn.Module):
 def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     """Of patches x [B 1 D H W]: [K].
 
-    How often values below each of BINS from -1 to 1 occur, air aside; size of the detail bands of LEVELS Haar levels, of all
-    that is not below the soft tissue window and of that window; how often values below each of SOFT_BINS of it occur; mean
-    |difference| of neighbours along D, H, W, both in it, in its widths, at LAGS, and of next neighbours with those above each of
-    SMALL counted as that; size of the detail bands of two levels in faint cells; mean |difference| of neighbours by where in a
-    cell they lie, and within cells of each of TISSUES; the mean faint cell and the mean cell of tissue, less their own means:
-    nothing in scans, and in what is decoded the lattice that a decoder leaves.
-    Air counts for nothing: how much of a patch is air is a matter of where it lies, and nothing is to be gained by ripples in it,
-    or by holes in outlines, which would make up for sharp bones in bands of the whole range.
+    How often values above each of BINS from -1 to 1 occur where cells are not empty; size of the detail bands of LEVELS Haar
+    levels, of all that is not below the soft tissue window and of that window; how often values above each of SOFT_BINS of it
+    occur; mean |difference| of neighbours along D, H, W, both in it, in its widths, at LAGS, and of next neighbours with those
+    above each of SMALL counted as that; size of the detail bands of two levels in faint cells; mean |difference| of neighbours
+    by where in a cell they lie, and within cells of each of TISSUES; the mean faint cell and the mean cell of tissue, less their
+    own means: nothing in scans, and in what is decoded the lattice that a decoder leaves.
+    Empty air counts for nothing: how much of a patch is air is a matter of where it lies, and nothing is to be gained by ripples
+    in it, or by holes in outlines, which would make up for sharp bones in bands of the whole range. Air in cells that are not
+    empty does count, or lungs could leave the count by getting darker.
     """
     d, h, w = (size // CELL * CELL for size in x.shape[2:])
     x = x[..., :d, :h, :w].float().clamp(-1, 1)
@@ -104,9 +106,10 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     inside = (x.detach() > AIR).float()
     window = x.clamp(low, high) * (2 / (high - low))
     scaled = window - (low + high) / (high - low)  # -1..1
-    shares = _cumulative(x, BINS, torch.ones_like(inside), AIR_BINS) / _size(inside)
-    fine = _cumulative(scaled, SOFT_BINS, inside)[:-1] / _size(inside)
     most, least = F.max_pool3d(x.detach(), CELL), -F.max_pool3d(-x.detach(), CELL)
+    filled = _voxels((most > EMPTY).float())
+    shares = _above(x, BINS, filled)[AIR_BINS:] / _size(filled)
+    fine = _above(scaled, SOFT_BINS, inside)[1:] / _size(inside)
     faint, tissue = ((most > FAINT[0]) & (most < FAINT[1])).float(), (least > low).float()  # [B 1 d h w] cells
     mean = F.avg_pool3d(x.detach(), CELL)
     return torch.cat([
@@ -116,16 +119,18 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     ])  # fmt: skip
 
 
-def _cumulative(x: Tensor, bins: int, weight: Tensor, first: int = 0) -> Tensor:
-    """Of x in -1..1 a cumulative histogram from bin `first` on that gradients pass: each value is shared by its two nearest bins.
+def _above(x: Tensor, bins: int, weight: Tensor) -> Tensor:
+    """Of x in -1..1 how much weight lies in each of `bins` or above it; each value is shared by its two nearest bins, so that
+    gradients pass: [bins].
 
-    Cumulative, as values that are too frequent over a wide range then know which way to go, and not at its ends alone.
+    Cumulative, as values that are too frequent over a wide range then know which way to go, and not at its ends alone. A value's
+    gradient is that of the next bin above it alone.
     """
     place, weight = (x.flatten() + 1) * (bins - 1) / 2, weight.flatten()
     below = place.detach().nan_to_num(0.0).floor().clamp(0, bins - 2)  # NaN has no bin, and stays NaN in its share
     above = place - below  # share of the upper bin
     counts = x.new_zeros(bins).index_add(0, below.long(), weight * (1 - above)).index_add(0, below.long() + 1, weight * above)
-    return counts[first:].cumsum(0)
+    return counts.flip(0).cumsum(0).flip(0)
 
 
 def _steps(x: Tensor, low: float, high: float) -> Tensor:
