@@ -22,7 +22,6 @@ WAVELETS = {
     ),
     "anisotropic": Wavelet3D(strides=((1, 2, 2), (2, 2, 2)), widths=(4, 6), blocks=(2, 1), latent_channels=3),
     "strided": Wavelet3D(strides=((2, 2, 2), (1, 2, 2)), widths=(4, 6), blocks=(1, 2), latent_channels=3, strided=True),
-    "noise": Wavelet3D(strides=((1, 2, 2), (2, 2, 2)), widths=(4, 6), blocks=(2, 1), latent_channels=3, grain=True),
     "three levels": Wavelet3D(strides=((2, 2, 2), (1, 2, 2), (2, 1, 2)), widths=(4, 4, 6), blocks=(1, 0, 1)),
 }
 

@@ -20,7 +20,6 @@ CONFIGS = {
         strides=((2, 2, 2),) * 2, widths=(4, 8), blocks=(1, 2), decoder_blocks=(3, 2), latent_channels=3
     ),
     "a curve": Wavelet3D(strides=((2, 2, 2),) * 2, widths=(4, 8), blocks=(1, 1), latent_channels=2, tone=True),
-    "noise": Wavelet3D(strides=((1, 2, 2), (2, 2, 2)), widths=(4, 8), blocks=(1, 2), latent_channels=2, grain=True),
     "one level": Wavelet3D(strides=((2, 2, 1),), widths=(6,), blocks=(1,), latent_channels=2),
     "strided": Wavelet3D(
         strides=((2, 2, 2), (1, 2, 2), (2, 1, 2)), widths=(4, 8, 6), blocks=(1, 2, 1), latent_channels=3, strided=True

@@ -106,7 +106,6 @@ class Wavelet3D(Section):
     latent_channels: int = Field(32, ge=1, le=1024, description="channels of the latent volume")
     strided: bool = Field(False, description="below the first level strided convolutions in place of Haar steps")
     tone: bool = Field(False, description="a curve on decoded values, fitted before polish: HU as frequent as in scans")
-    grain: bool = Field(False, description="noise beside the latents, for texture that they do not tell")
     checkpointing: bool = Field(False, description="recompute each block in the backward pass: less memory, more time")
 
     @property

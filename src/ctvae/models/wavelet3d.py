@@ -19,7 +19,6 @@ from ctvae import haar
 from ctvae.config import Size3, Wavelet3D
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.blocks import Conv, ResBlock
-from ctvae.models.grain import Grain, white
 from ctvae.models.recompute import save_memory
 from ctvae.models.tone import Tone
 
@@ -82,33 +81,15 @@ class Decoder(nn.Module):
             else:
                 exits.append(nn.ConvTranspose3d(width, finer, stride, stride))
         self.exits = nn.ModuleList(exits)
-        grains = (nn.ModuleList(Grain(w) for _ in range(n)) for w, n in zip(widths, blocks, strict=True))
-        self.grains = nn.ModuleList(grains) if cfg.grain else None
-        self.scales = scales(cfg)
         self.tone = Tone() if cfg.tone else None
 
     def forward(self, z: Tensor) -> Tensor:  # [B Z d h w]
         x = self.entry(z)
-        for level, (stride, leave) in enumerate(zip(self.strides, self.exits, strict=True)):
-            blocks: nn.ModuleList = self.levels[level]  # type: ignore[assignment]
-            for number, block in enumerate(blocks):
-                x = block(self._grained(x, z, level, number))
+        for stride, blocks, leave in zip(self.strides, self.levels, self.exits, strict=True):
+            for block in blocks:  # type: ignore[attr-defined]
+                x = block(x)
             x = haar.inverse(leave(x), stride)  # doubles the axes whose step is 2
         return x.float() if self.tone is None else self.tone(x.float())  # [B 1 D H W]
-
-    def _grained(self, x: Tensor, z: Tensor, level: int, block: int) -> Tensor:
-        if self.grains is None:
-            return x
-        return self.grains[level][block](x, white(z, block, self.scales[level]))  # type: ignore[index, no-any-return]
-
-
-def scales(cfg: Wavelet3D) -> list[Size3]:
-    """Voxels per latent voxel along D H W of each of the decoder's levels, coarse to fine: the first is the latents' own."""
-    found: list[Size3] = [(1, 1, 1)]
-    for stride in cfg.strides[:0:-1]:
-        d, h, w = found[-1]
-        found.append((d * stride[0], h * stride[1], w * stride[2]))
-    return found
 
 
 def haar_steps(cfg: Wavelet3D) -> tuple[Size3, ...]:

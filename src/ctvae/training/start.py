@@ -42,7 +42,6 @@ NOT_OF_THE_WEIGHTS = {"checkpointing"}
 DEEPER = "model.decoder_blocks"  # may be more than those of the weights: new ones begin as the identity
 ADDED = {  # of parts that weights may lack and be given; after each, the setting that says if they have it
     "model.tone": "tone",
-    "model.grain": "grain",
     "prior.detail_width": "detail_width",
     "prior.detail_blocks": "detail_width",
 }
@@ -130,17 +129,19 @@ def take_autoencoder(run: Run, cfg: Config, stage: str) -> None:
 
 
 def _deepened(tensors: dict[str, Tensor], network: nn.Module, run: Run) -> dict[str, Tensor]:
-    """With the blocks, noise and curve that the decoder of `network` has besides those it begins from; as they begin, they
-    change nothing."""
+    """With the blocks and the curve that the decoder of `network` has besides those it begins from; as they begin, they change
+    nothing."""
     if not isinstance(network, Wavelet3DVAE):
         return tensors
     model: Any = load_config(run.folder / "from" / "config.yaml").model
-    added = ["decoder.tone."] if not model.tone else []
-    added += ["decoder.grains."] if not model.grain else []
+    new: dict[str, Tensor] = {}
     for level, blocks in enumerate(model.decoding_blocks[::-1]):  # the decoder's levels are from coarse to fine
         for block in range(blocks, len(network.decoder.levels[level])):  # type: ignore[arg-type]
-            added += [f"decoder.{part}.{level}.{block}." for part in ("levels", "grains")]
-    return {**tensors, **{name: value for name, value in network.state_dict().items() if name.startswith(tuple(added))}}
+            name = f"decoder.levels.{level}.{block}."
+            new |= {key: value for key, value in network.state_dict().items() if key.startswith(name)}
+    if network.decoder.tone is not None and not model.tone:
+        new["decoder.tone.offset"] = network.decoder.tone.offset.detach()
+    return {**tensors, **new}
 
 
 def load_flow(run: Run, network: nn.Module, names: Sequence[str]) -> bool:
