@@ -73,16 +73,16 @@ def test_gradients_are_those_of_autograd(monkeypatch):
     """Of the same curve written plainly, in double precision; by pieces of which the last is shorter."""
     monkeypatch.setattr(tone_module, "PIECE", 1000)
     random = torch.Generator().manual_seed(0)
-    offset = 0.1 * torch.randn(KNOTS, generator=random, dtype=torch.float64)
+    offset = (0.1 * torch.randn(KNOTS, generator=random, dtype=torch.float64)).requires_grad_()
     y = (2.4 * torch.rand((2, 1, 9, 12, 13), generator=random, dtype=torch.float64) - 1.2).requires_grad_()
     cotangent = torch.randn(y.shape, generator=random, dtype=torch.float64)
     place = (y.clamp(-1, 1) + 1) * ((KNOTS - 1) / 2)
     below = place.detach().floor().clamp(0, KNOTS - 2).long()
     plain = y + torch.lerp(offset[below], offset[below + 1], place - below)
-    wanted = torch.autograd.grad(plain, y, cotangent)
+    wanted = torch.autograd.grad(plain, (y, offset), cotangent)
     found = tone_module._Curve.apply(y, offset)
     torch.testing.assert_close(found, plain)
-    torch.testing.assert_close(torch.autograd.grad(found, y, cotangent), wanted)
+    torch.testing.assert_close(torch.autograd.grad(found, (y, offset), cotangent), wanted)
 
 
 def test_what_is_not_a_number_stays_so():
@@ -102,22 +102,3 @@ def test_a_jump_becomes_a_ramp_about_its_middle():
     assert slope.max() > 1 + STRENGTH * (STEEPEST - 1) - 0.05
     middle = tone(torch.tensor([-0.8])).item()
     assert middle == pytest.approx(-0.8, abs=0.01)
-
-
-def test_below_the_lungs_it_is_straight():
-    """Decoded rims fill what lies between air and tissue, where scans have lungs alone: without the line lungs would follow."""
-    random = np.random.default_rng(0)
-    lung, tissue = random.normal(-0.82, 0.03, 10_000), random.uniform(0, 0.5, 50_000)
-    decoded = torch.from_numpy(np.concatenate((random.uniform(-1, -0.3, 5_000), lung, tissue)))
-    real = torch.from_numpy(np.concatenate((np.full(5_000, -1.0), lung, tissue)))
-    free, held = Tone(), Tone()
-    free.fit(counts(decoded), counts(real))
-    held.fit(counts(decoded), counts(real), -0.7)
-    y = torch.linspace(-0.99, -0.71, 141)
-    flattest = (free(y).diff() / y.diff()).min()
-    assert flattest == pytest.approx(1 - STRENGTH, abs=0.02)
-    slope = held(y).diff() / y.diff()
-    torch.testing.assert_close(slope, slope.mean().expand(140), atol=1e-2, rtol=0)
-    assert slope.mean() > 2 * flattest
-    above = torch.linspace(-0.7, 1, 171)
-    torch.testing.assert_close(held(above), free(above))

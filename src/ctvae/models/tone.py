@@ -24,27 +24,21 @@ PIECE, MOST_PIECES = 2**17, 8  # numbers in a piece, or more where there would b
 
 
 class Tone(nn.Module):
-    """y + offset(y), between knots by straight lines; begins as the identity, and is fitted, not trained.
-
-    Trained with the decoder it became flat below -880 HU, which is cheap for rims of air, and lungs' darker half went there too.
-    """
-
-    offset: Tensor
+    """y + offset(y), between knots by straight lines; begins as the identity."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.offset = nn.Buffer(torch.zeros(KNOTS))
+        self.offset = nn.Parameter(torch.zeros(KNOTS))
 
     def forward(self, y: Tensor) -> Tensor:
         """[...] -> [...]; beyond -1..1 the offset is that of the end."""
         return _Curve.apply(y, self.offset.to(y.dtype))  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def fit(self, decoded: Tensor, real: Tensor, straight: float = -1.0) -> None:
+    def fit(self, decoded: Tensor, real: Tensor) -> None:
         """To the distributions of both, counts in RANGE bins from -1 to 1: [RANGE] each. Both ends stay where they are.
 
-        Where the map is steeper than STEEPEST, as at a jump, there is a ramp about the jump's middle instead. Below `straight`
-        the curve is a straight line: what is a rim of air and what is lung cannot be told by a value there.
+        Where the map is steeper than STEEPEST, as at a jump, there is a ramp about the jump's middle instead.
         """
         reached, wanted = (side.double().cumsum(0) / side.sum().clamp_min(1) for side in (decoded, real))
         knots = torch.linspace(-1, 1, KNOTS, dtype=torch.float64)
@@ -54,8 +48,6 @@ class Tone(nn.Module):
         target[0], target[-1] = -1.0, 1.0
         rise = STEEPEST * (knots + 1)
         target = gentle(target, STEEPEST * 2 / (KNOTS - 1)).minimum(rise - 1).maximum(1 - rise.flip(0))
-        low = int(((knots <= straight).sum() - 1).clamp_min(0))
-        target[: low + 1] = torch.linspace(-1, float(target[low]), low + 1, dtype=torch.float64)
         self.offset.copy_(STRENGTH * (target - knots))
 
 
@@ -82,15 +74,16 @@ class _Curve(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         y, offset = ctx.saved_tensors
-        of_y = torch.empty_like(y, memory_format=torch.contiguous_format)
+        of_y, of_offset = torch.empty_like(y, memory_format=torch.contiguous_format), torch.zeros_like(offset)
         pieces = (_pieces(tensor) for tensor in (y.reshape(-1), grad.reshape(-1), of_y.view(-1)))
         for piece, of_piece, into in zip(*pieces, strict=True):
-            below, _ = _place(piece)
+            below, share = _place(piece)
             slope = (offset[below + 1] - offset[below]) * ((KNOTS - 1) / 2)
             into.copy_(of_piece * (1 + slope * (piece.abs() < 1)))
-        return of_y, None
+            of_offset.index_add_(0, below, of_piece * (1 - share)).index_add_(0, below + 1, of_piece * share)
+        return of_y, of_offset
 
 
 def _pieces(flat: Tensor) -> tuple[Tensor, ...]:

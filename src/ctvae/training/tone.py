@@ -5,11 +5,9 @@ Shapes:  B batch   D H W voxels   Z latent channels   d h w latent voxels
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ctvae import intensity
 from ctvae.device import generator
 from ctvae.models.tone import RANGE, counts
 from ctvae.models.wavelet3d import Wavelet3DVAE
@@ -19,7 +17,6 @@ from ctvae.training.groups import TrainingGroups
 
 PATCHES = 64
 AIR = -0.95
-LUNG_HU = -700.0  # air and lungs lie below it
 RIM = 2  # voxels about what is not air that count as well: there lie the values between body and air
 
 
@@ -34,8 +31,6 @@ def fit_tone(network: Wavelet3DVAE, groups: TrainingGroups, noise: float, seed: 
         return
     alone = TrainingGroups(groups.dataset, groups.groups, groups.data, groups.shape)
 
-    lung = float(intensity.from_hu(np.array([LUNG_HU], np.float32), groups.data.window_hu)[0])  # -1 where the window has no lungs
-
     def fitted() -> list[float]:
         decoded, real = torch.zeros(RANGE, dtype=torch.long), torch.zeros(RANGE, dtype=torch.long)
         for step in range(PATCHES):
@@ -43,7 +38,7 @@ def fit_tone(network: Wavelet3DVAE, groups: TrainingGroups, noise: float, seed: 
             y = network.decode(noisy_latents(network, x, noise, generator(seed, step, stream=47))).float()
             near = F.max_pool3d((torch.maximum(x, y) > AIR).float(), 2 * RIM + 1, stride=1, padding=RIM) > 0
             decoded, real = decoded + counts(y[near]).cpu(), real + counts(x[near]).cpu()
-        tone.fit(decoded, real, lung)
+        tone.fit(decoded, real)
         return tone.offset.tolist()  # type: ignore[no-any-return]
 
     tone.offset.copy_(torch.tensor(ranks.told(fitted)))
