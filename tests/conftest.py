@@ -60,6 +60,7 @@ TINY = (  # a wavelet3d that trains in a second
     "prior.detail_width=0",
     "model.strides=[[2,2,2],[2,2,2]]", "data.patch=null", "polish.enabled=true", "polish.steps=4", "polish.log_every=2",
     "polish.save_every=2", "polish.discriminator_width=4", "polish.precision=fp32", "autoencoder.batch=1", "finish.enabled=false",
+    "calibration.enabled=false",
 )  # fmt: skip
 
 

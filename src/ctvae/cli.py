@@ -103,7 +103,7 @@ def train(
         typer.Option(help="Which recipe; `ctvae methods` lists them. [default: the run's own, else wavelet3d]"),
     ] = None,
     stage: Annotated[
-        Literal["autoencoder", "prior", "finish", "both"], typer.Option(help="What to train; both: all of it.")
+        Literal["autoencoder", "prior", "finish", "calibration", "both"], typer.Option(help="What to train; both: all of it.")
     ] = "both",
     settings: Settings = None,
     window: Window = None,

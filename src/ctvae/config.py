@@ -4,7 +4,7 @@
     ├── model         which autoencoder: Slice2D | Stack2D | Conv3D | Wavelet3D, told apart by `kind`
     ├── data          intensity window, grid, patch
     ├── autoencoder   how the autoencoder is trained
-    ├── polish        how its decoder is sharpened
+    ├── polish        how its decoder is sharpened; finish and calibration likewise
     └── prior         how the flow prior is built and trained
 
 A recipe is a YAML file of overrides in `ctvae/recipes/`; its name is the method's name on the command line.
@@ -238,6 +238,12 @@ class Finish(Sharpening):
     moments_weight: float = Field(0.1, ge=0, description="on the means of simple statistics of texture")
 
 
+class Calibrating(Section):
+    """Outlines, lungs and even tissue put right in closed form, once the decoder is trained (`calibration.py`)."""
+
+    enabled: bool = False
+
+
 class Prior(Training):
     """A rectified flow over latents: a U-Net for spatial ones, an MLP for vectors (`models/velocity.py`)."""
 
@@ -286,6 +292,7 @@ class Config(Section):
     autoencoder: AutoencoderTraining = AutoencoderTraining()
     polish: Polish = Polish()
     finish: Finish = Finish()
+    calibration: Calibrating = Calibrating()
     prior: Prior = Prior()
 
     def patch_of(self, stage: str) -> Size3 | None:
@@ -307,7 +314,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _only_spatial_decoders_are_sharpened(self) -> Config:
-        for name, section in (("polish", self.polish), ("finish", self.finish)):
+        for name, section in (("polish", self.polish), ("finish", self.finish), ("calibration", self.calibration)):
             if section.enabled and self.model.kind != "wavelet3d":
                 raise ValueError(f"{name}.enabled: {self.model.kind} has no spatial latents; leave it false")
         return self

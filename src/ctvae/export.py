@@ -4,7 +4,8 @@ Not nothing of the training data: the flow holds the conditions of every trainin
 the scan, columns of a user's table) to three digits, and the mean and leading directions of their latents, which come near
 single scans where there are hardly more groups than directions.
 
-    OUT/config.yaml, autoencoder.safetensors, prior-flow.safetensors, prior-normal.safetensors, README.md (the model card)
+    OUT/config.yaml, autoencoder.safetensors, calibration.safetensors, prior-flow.safetensors, prior-normal.safetensors,
+        README.md (the model card)
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ctvae import checkpoint, files
+from ctvae.calibration import FILE as CALIBRATION
 from ctvae.conditions import rounded
 from ctvae.config import dump_config, with_overrides
 from ctvae.errors import ConfigError, InputError
@@ -51,6 +53,8 @@ def export(run: Path | str, out: Path | str, *, card: Path | str | None = None, 
         if path.exists():
             tensors, meta = checkpoint.load(path)
             checkpoint.save(folder / path.name, {name: _smaller(name, value) for name, value in tensors.items()}, meta)
+    if model.calibration is not None:
+        model.calibration.save(folder / CALIBRATION)
     if card is not None:
         with files.atomic(folder / CARD) as temporary:
             shutil.copyfile(card, temporary)
@@ -61,7 +65,8 @@ def export(run: Path | str, out: Path | str, *, card: Path | str | None = None, 
 
 def _unfinished(names: set[str]) -> bool:
     """Whether a folder with these files is empty, or what an export that was interrupted leaves."""
-    return not names or (CONFIG in names and names <= {CONFIG, CARD, *(f"prior-{prior}.safetensors" for prior in PRIORS)})
+    known = {CONFIG, CARD, CALIBRATION, *(f"prior-{prior}.safetensors" for prior in PRIORS)}
+    return not names or (CONFIG in names and names <= known)
 
 
 def _settings(model: Model, overrides: Sequence[str]) -> str:

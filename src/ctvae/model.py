@@ -5,6 +5,7 @@ Shapes:  D H W voxels   latents [1 Z d h w] or [1 N Z], with a batch axis of one
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ctvae import intensity, preprocess
+from ctvae.calibration import FILE as CALIBRATION
+from ctvae.calibration import HALO, Calibration
 from ctvae.checkpoint import built, file_hash, load
 from ctvae.conditions import Known
 from ctvae.config import Config, Size3, Wavelet3D, load_config, nearest
@@ -26,7 +29,7 @@ from ctvae.errors import InputError, ModelError
 from ctvae.latents import LatentCode
 from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
-from ctvae.models.wavelet3d import halo, tile_bytes
+from ctvae.models.wavelet3d import Wavelet3DVAE, halo, tile_bytes
 from ctvae.planning.sizes import smaller
 from ctvae.priors import CLOSED_FORM
 from ctvae.refine import refined
@@ -37,6 +40,7 @@ from ctvae.volume import Volume
 from ctvae.wiener import WienerVelocity
 
 PACKAGED = Path(__file__).parent / "packaged"
+CALIBRATED_VOXELS = 2**22  # at a time
 SMALLEST_TILE = (32, 64, 64)  # D H W, halo not counted: below that the halo is nearly all of it
 OF_FREE_MEMORY = 0.5  # share that a tile may take
 OF_A_DESCENT = 6  # times what a pass through the decoder takes: found 3 to 4 (docs/log.md, refined latents)
@@ -63,6 +67,12 @@ class Model:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.network: Autoencoder = self._ready(lambda: build(self.cfg.model, self.shape), tensors)
         self.hash = file_hash(folder / "autoencoder.safetensors")
+        calibrated = folder / CALIBRATION
+        self.calibration = Calibration.load(calibrated) if calibrated.is_file() else None
+        if self.calibration is not None:
+            self.hash = hashlib.sha256(f"{self.hash} {file_hash(calibrated)}".encode()).hexdigest()[:16]
+            if not isinstance(self.cfg.model, Wavelet3D):
+                raise ModelError(f"{calibrated}: is of a wavelet3d model, this is {self.cfg.method}; remove it")
 
     def _ready(self, make: Callable[[], Any], tensors: dict[str, Tensor]) -> Any:
         network = built(make, tensors, self.folder)
@@ -94,12 +104,26 @@ class Model:
     @torch.no_grad()
     def decode(self, z: Tensor) -> np.ndarray:
         """Latents [1 ...] -> int16 HU [D H W]."""
-        if isinstance(self.cfg.model, Wavelet3D):
+        if self.calibration is not None:
+            x = self._calibrated(self.raw(z))
+        elif isinstance(self.cfg.model, Wavelet3D):
             x = self._tiled(self._decoded, z, encoding=False)
         else:
             per_group = self.network.latent_shape[0]
             x = torch.cat([self._decoded(part) for part in z.split(per_group, dim=1)], dim=2)
         return intensity.to_hu(x[0, 0].numpy(), self.cfg.data.window_hu)
+
+    @torch.no_grad()
+    def raw(self, z: Tensor) -> Tensor:
+        """What the decoder of a `wavelet3d` makes of latents [1 Z d h w] before its own curve: [1 1 D H W]."""
+        return self._tiled(self._raw, z, encoding=False)
+
+    @torch.no_grad()
+    def toned(self, raw: Tensor) -> Tensor:
+        """Under the decoder's own curve, if it has one: like raw."""
+        assert isinstance(self.network, Wavelet3DVAE)
+        tone = self.network.decoder.tone
+        return raw if tone is None else tone(raw.to(self.device)).cpu()  # type: ignore[no-any-return]
 
     def decode_onto(self, z: Tensor, posterior: Posterior) -> Volume:
         """Latents -> the grid of the scan that `posterior` came from; air where the model did not look."""
@@ -135,6 +159,20 @@ class Model:
 
     def _decoded(self, z: Tensor) -> Tensor:
         return self._decoding(z.to(self.device)).float().cpu()
+
+    def _raw(self, z: Tensor) -> Tensor:
+        assert isinstance(self.network, Wavelet3DVAE)
+        with self._autocast():
+            return self.network.decoder.raw(z.to(self.device)).cpu()
+
+    def _calibrated(self, raw: Tensor) -> Tensor:
+        """Slab by slab, each with what its voxels depend on: it takes a dozen times the memory of a slab."""
+        assert self.calibration is not None
+        one, calibration = (1, 1, 1), self.calibration
+        slab = (max(1, CALIBRATED_VOXELS // (raw.shape[3] * raw.shape[4])), raw.shape[3], raw.shape[4])
+        return tiled(
+            lambda x: calibration(x, self.toned(x)), raw, factor_in=one, factor_out=one, tile=slab, halo=(HALO, 0, 0)
+        )
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.autoencoder.precision == "bf16")

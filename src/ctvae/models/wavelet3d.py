@@ -84,12 +84,17 @@ class Decoder(nn.Module):
         self.tone = Tone() if cfg.tone else None
 
     def forward(self, z: Tensor) -> Tensor:  # [B Z d h w]
+        x = self.raw(z)
+        return x if self.tone is None else self.tone(x)  # [B 1 D H W]
+
+    def raw(self, z: Tensor) -> Tensor:
+        """What the curve is given: [B Z d h w] -> [B 1 D H W] in float32."""
         x = self.entry(z)
         for stride, blocks, leave in zip(self.strides, self.levels, self.exits, strict=True):
             for block in blocks:  # type: ignore[attr-defined]
                 x = block(x)
             x = haar.inverse(leave(x), stride)  # doubles the axes whose step is 2
-        return x.float() if self.tone is None else self.tone(x.float())  # [B 1 D H W]
+        return x.float()
 
 
 def haar_steps(cfg: Wavelet3D) -> tuple[Size3, ...]:

@@ -114,7 +114,7 @@ def refuse_uneven(cfg: Config, stage: str, processes: int) -> None:
         raise ConfigError("conv3d: its BatchNorm would see one process's share only; train its autoencoder without torchrun")
     if processes == 1 and cfg.prior.shard and "prior" in STAGES[stage]:
         raise ConfigError("prior.shard: there is one process to hold the network; leave it out, or start several by torchrun")
-    for name in STAGES[stage]:
+    for name in (name for name in STAGES[stage] if name != "calibration"):  # which one process does
         batch = getattr(cfg, name).batch
         if batch % processes and wants(cfg, name):
             above = -(-batch // processes) * processes
@@ -123,7 +123,7 @@ def refuse_uneven(cfg: Config, stage: str, processes: int) -> None:
 
 def _share(cfg: Config, processes: int) -> Config:
     """With the batches of one process."""
-    sections = {name: getattr(cfg, name) for name in STAGES["both"]}
+    sections = {name: getattr(cfg, name) for name in STAGES["both"] if name != "calibration"}
     shared = {name: section.model_copy(update={"batch": section.batch // processes}) for name, section in sections.items()}
     return cfg.model_copy(update=shared) if processes > 1 else cfg
 

@@ -2,7 +2,7 @@
 
 They are copied into the run folder, so that it resumes without the model:
 
-    run/from/config.yaml, autoencoder.safetensors, prior-flow.safetensors, prior-normal.safetensors
+    run/from/config.yaml, autoencoder.safetensors, calibration.safetensors, prior-flow.safetensors, prior-normal.safetensors
 
 The autoencoder is taken over and, unless the prior alone is trained, goes on learning. The flow's network is taken over where its
 sizes are the same; what is fitted in closed form (scales, the Wiener filter) is fitted to the new latents.
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ctvae import files
+from ctvae.calibration import FILE as CALIBRATION
 from ctvae.checkpoint import built, file_hash, load, save
 from ctvae.conditions import BEFORE_NAMES
 from ctvae.config import Config, load_config
@@ -30,7 +31,7 @@ from ctvae.models.wavelet3d import Wavelet3DVAE
 from ctvae.runlog import Run
 
 AUTOENCODER, FLOW, NORMAL = "autoencoder.safetensors", "prior-flow.safetensors", "prior-normal.safetensors"
-FILES = ("config.yaml", AUTOENCODER, FLOW, NORMAL)
+FILES = ("config.yaml", AUTOENCODER, CALIBRATION, FLOW, NORMAL)
 LEARNED = ("correction.", "detail.")  # of the flow's network: the rest of it is fitted in closed form
 TOLD = "condition.0.weight"  # of the flow's networks: the first layer that the conditions meet
 WEIGHTS_DECIDE = {  # settings that the weights fix
@@ -110,9 +111,12 @@ def load_network(run: Run, network: nn.Module) -> None:
 
 
 def take_autoencoder(run: Run, cfg: Config, stage: str) -> None:
-    """The autoencoder to start from as the run's own, finished; to finish its decoder, the priors as well."""
+    """The autoencoder to start from as the run's own, finished; to finish or calibrate its decoder, the priors as well.
+
+    Where the prior alone is trained the decoder stays what it was, and so does its calibration.
+    """
     priors = [name for name in (FLOW, NORMAL) if (run.folder / "from" / name).is_file()]
-    if stage == "finish" and priors:
+    if stage in ("finish", "calibration") and priors:
         for name in priors:
             save(run.folder / name, *load(run.folder / "from" / name))
         run.finish_stage("prior", taken_from=run.state["from"])
@@ -126,6 +130,10 @@ def take_autoencoder(run: Run, cfg: Config, stage: str) -> None:
     meta = {**meta, "config": cfg.model_dump(mode="json"), "shape": shape}
     save(run.folder / AUTOENCODER, network.state_dict(), meta)
     run.finish_stage("autoencoder", taken_from=run.state["from"])
+    if stage == "prior" and (run.folder / "from" / CALIBRATION).is_file():
+        with files.atomic(run.folder / CALIBRATION) as temporary:
+            shutil.copyfile(run.folder / "from" / CALIBRATION, temporary)
+        run.finish_stage("calibration", taken_from=run.state["from"])
 
 
 def _deepened(tensors: dict[str, Tensor], network: nn.Module, run: Run) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from ctvae.models import build
 from ctvae.ranks import Ranks, joined
 from ctvae.runlog import Run
 from ctvae.training.autoencoder import train_autoencoder
+from ctvae.training.calibration import calibrate, forget_calibration
 from ctvae.training.encoding import encode_groups
 from ctvae.training.finish import finish_decoder
 from ctvae.training.groups import TrainingGroups
@@ -33,6 +34,7 @@ from ctvae.training.prior import train_prior
 from ctvae.training.settings import HOURS_KEYS, Asked, Settled, chosen, refuse_uneven, settle, smaller, with_hours
 from ctvae.training.start import begin, started, take_autoencoder
 
+DECODER_STAGES = ("autoencoder", "polish", "finish")
 CONDITIONS_FILE = "conditions.json"  # in the run folder: a user's columns by group
 
 
@@ -125,6 +127,7 @@ class _Stages:
             self.ranks.barrier()
         train = {
             "autoencoder": self._autoencoder, "polish": self._polish, "prior": self._prior, "finish": self._finish,
+            "calibration": self._calibration,
         }  # fmt: skip
         for name in STAGES[stage]:
             if wants(self.settled.cfg, name):
@@ -133,6 +136,8 @@ class _Stages:
     def _once(self, stage: str, train: Callable[[Config], None]) -> None:
         if not self.ranks.told(lambda: self.run.stage_done(stage)):
             repeated_smaller(train, self.settled.cfg, partial(self._smaller, stage))
+            if stage in DECODER_STAGES and self.ranks.first:
+                forget_calibration(self.run)
         self.ranks.barrier()
 
     def _autoencoder(self, cfg: Config) -> None:
@@ -145,6 +150,12 @@ class _Stages:
         if not self.ranks.told(lambda: self.run.stage_done("prior")):
             raise ModelError(f"{self.run.folder}: has no trained prior yet, whose samples `finish` needs; run --stage prior")
         finish_decoder(self.run, cfg, *self._split("finish"), self.ranks)
+
+    def _calibration(self, _: Config) -> None:
+        if not self.ranks.told(lambda: self.run.stage_done("autoencoder")):
+            raise ModelError(f"{self.run.folder}: has no trained autoencoder yet; run with --stage autoencoder or both first")
+        if self.ranks.first:
+            calibrate(self.run, self.data)
 
     def _split(self, stage: str) -> tuple[TrainingGroups, TrainingGroups]:
         cfg = self.settled.cfg

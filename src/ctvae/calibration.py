@@ -1,0 +1,239 @@
+"""What a decoder does to outlines, lungs and even tissue, put right in closed form: one curve for all places cannot.
+
+A decoded value of -850 HU may be a dark lung, a sinus, or a voxel on the outline of the body, half in air. The curve of
+`models/tone.py` takes all the same way: outlines come out stippled, and lungs with black borders. So volumes are cut into
+places, by what is around each voxel:
+
+* empty: nothing but air within two voxels; left to the decoder;
+* rim: within four voxels of that. Decoded values are smoothed by a Gaussian of `sigma` voxels, then pass a curve that is as steep
+  as outlines of scans are: what came out as dots becomes a line;
+* lung: darker than soft tissue, and within three voxels of where all is so that lies within two voxels; has a curve of its own;
+* cavity: darker than soft tissue and none of these, such as airways; has a curve too;
+* even: none of these, with nothing but soft tissue next to it. Differences from its neighbours grow by `gain`.
+
+Curves are monotone maps of one distribution to another (histogram matching; Gonzalez and Woods 2018, section 3.3), `sigma` and
+`gain` those with which neighbours differ as much as in scans, all from reconstructions of training groups and their originals.
+
+Shapes:  D H W voxels in -1..1   K knots
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctvae.checkpoint import load, save
+from ctvae.errors import ModelError
+from ctvae.models.tone import KNOTS, RANGE, counts
+
+FILE = "calibration.safetensors"
+EMPTY = -0.95  # the highest value of air
+AROUND = 2  # voxels about one of empty air that are air too
+BODY = -0.5
+REACH = 4  # voxels from empty air to the other side of a rim: AROUND outside, as many inside
+BORDER = 3  # voxels from open lung to the tissue about it
+MOST_SIGMA, MOST_GAIN = 1.0, 1.0
+EVEN_SIGMA = 0.6  # voxels: what differs from its neighbours is what this takes away
+HALVINGS = 6  # of the range in which sigma and gain are looked for
+CURVES = ("rim", "lung", "cavity")
+HALO = AROUND + REACH + max(AROUND, BORDER)  # voxels that a voxel's value can depend on, along each axis
+Window = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    rim: Tensor  # [K] values of what is decoded at knots from -1 to 1
+    lung: Tensor  # [K]
+    cavity: Tensor  # [K]
+    sigma: float  # voxels
+    gain: float
+    soft: Window  # the soft tissue window in -1..1
+
+    def __call__(self, raw: Tensor, toned: Tensor) -> Tensor:
+        """What a decoder made [1 1 D H W], before and after its own curve, as it is to be: [1 1 D H W]."""
+        return self.applied(raw, toned, Places.of(toned, self.soft))
+
+    def applied(self, raw: Tensor, toned: Tensor, where: Places) -> Tensor:
+        """The same where the places are known."""
+        out = torch.where(where.rim, curve(smoothed(raw, self.sigma, self.soft), self.rim), toned)
+        out = torch.where(where.lung, curve(raw, self.lung), out)
+        out = torch.where(where.cavity, curve(raw, self.cavity), out)
+        return torch.where(where.even(out, self.soft), sharpened(out, self.gain, self.soft), out)
+
+    def save(self, path: Path) -> None:
+        numbers = {"sigma": self.sigma, "gain": self.gain, "soft": list(self.soft)}
+        save(path, {name: getattr(self, name) for name in CURVES}, numbers)
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Raises ModelError where the file is damaged."""
+        tensors, meta = load(path)
+        try:
+            low, high = (float(value) for value in meta["soft"])
+            curves = {name: tensors[name].float() for name in CURVES}
+            numbers = {name: float(meta[name]) for name in ("sigma", "gain")}
+            wrong = any(values.shape != (KNOTS,) for values in curves.values()) or not low < high
+            if wrong or not all(math.isfinite(value) and 0 <= value <= 10 for value in numbers.values()):
+                raise ValueError("its numbers make no sense")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{path}: damaged ({error}); run `ctvae train` with --stage calibration again") from error
+        return cls(**curves, **numbers, soft=(low, high))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Of each voxel whether it is in that place: bool [1 1 D H W] each."""
+
+    empty: Tensor
+    rim: Tensor
+    lung: Tensor
+    cavity: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, soft: Window) -> Places:
+        """Of a volume [1 1 D H W]."""
+        empty = highest(x, AROUND) < EMPTY
+        rim = _near(empty, REACH) & ~empty
+        inside = ~(empty | rim)
+        open_ = inside & (highest(x, AROUND) < soft[0])
+        dark = inside & (x < soft[0])
+        lung = dark & _near(open_, BORDER)
+        return cls(empty, rim, lung, dark & ~lung)
+
+    def even(self, x: Tensor, soft: Window) -> Tensor:
+        """Where nothing but soft tissue is next to it in x [1 1 D H W]: bool."""
+        return ~(self.empty | self.rim) & (highest(x, 1) < soft[1]) & (-highest(-x, 1) > soft[0])
+
+
+class Example:
+    """A training group and its reconstruction, before and after the decoder's own curve: [1 1 D H W] each."""
+
+    def __init__(self, raw: Tensor, toned: Tensor, real: Tensor, soft: Window):
+        self.raw, self.toned, self.real = raw, toned, real
+        self.places, self.real_places = Places.of(toned, soft), Places.of(real, soft)
+
+    def under(self, calibration: Calibration) -> Tensor:
+        return calibration.applied(self.raw, self.toned, self.places)
+
+
+def fit(examples: Sequence[Example], soft: Window) -> Calibration:
+    """The calibration with which reconstructions have what scans have: HU by place, and differences between neighbours."""
+
+    def matched(decoded: Callable[[Example], Tensor], place: str) -> Tensor:
+        return _matched([(decoded(e)[where], e.real[where]) for e in examples for where in (getattr(e.places, place),)])
+
+    lung, cavity = (matched(lambda e: e.raw, place) for place in ("lung", "cavity"))
+    made = Calibration(torch.linspace(-1, 1, KNOTS), lung, cavity, 0.0, 0.0, soft)
+
+    def smoother(sigma: float) -> Calibration:
+        return replace(made, rim=matched(lambda e: smoothed(e.raw, sigma, soft), "rim"), sigma=sigma)
+
+    rims = _mean_step([(e.real, e.real_places.rim & body(e.real)) for e in examples], soft)
+    made = smoother(_least(lambda sigma: _mean_step(_seen(examples, smoother(sigma)), soft) > rims, MOST_SIGMA))
+
+    def livelier(gain: float) -> Calibration:
+        return replace(made, gain=gain)
+
+    tissue = _mean_step([(e.real, e.real_places.even(e.real, soft)) for e in examples], soft)
+    return livelier(_least(lambda gain: _mean_step(_seen(examples, livelier(gain), True), soft) < tissue, MOST_GAIN))
+
+
+def body(x: Tensor) -> Tensor:
+    """Where x [1 1 D H W] is no air, holes that two voxels fill included: bool [1 1 D H W]."""
+    return -highest(-highest((x > BODY).to(x.dtype), 1), 1) > 0
+
+
+def _near(where: Tensor, reach: int) -> Tensor:
+    """Within `reach` voxels of `where`: bool [1 1 D H W]."""
+    return highest(where.float(), reach) > 0
+
+
+def highest(x: Tensor, reach: int) -> Tensor:
+    """The highest value within `reach` voxels along D, H and W: like x [1 1 D H W]."""
+    for axis in range(3):
+        size, margin = [1, 1, 1], [0, 0, 0]
+        size[axis], margin[axis] = 2 * reach + 1, reach
+        x = F.max_pool3d(x, size, stride=1, padding=margin)
+    return x
+
+
+def smoothed(x: Tensor, sigma: float, soft: Window) -> Tensor:
+    """x [1 1 D H W] under a Gaussian of `sigma` voxels. Values brighter than soft tissue count as its upper end: bone under the
+    skin stays where it is."""
+    dark = x.clamp(max=soft[1])
+    return x + _blurred(dark, sigma) - dark
+
+
+def sharpened(x: Tensor, gain: float, soft: Window) -> Tensor:
+    """x [1 1 D H W] with `gain` times more of what a Gaussian takes away in the soft tissue window."""
+    window = x.clamp(*soft)
+    return x + gain * (window - _blurred(window, EVEN_SIGMA))
+
+
+def curve(x: Tensor, values: Tensor) -> Tensor:
+    """`values` [K] at knots from -1 to 1, between them by straight lines; beyond, those of the ends: like x."""
+    place = (x.clamp(-1, 1) + 1) * ((KNOTS - 1) / 2)
+    below = place.long().clamp(max=KNOTS - 2)
+    return torch.lerp(values[below], values[below + 1], place - below)
+
+
+def _blurred(x: Tensor, sigma: float) -> Tensor:
+    """By neighbours within two voxels; at the volume's ends the last voxel goes on. [1 1 D H W]"""
+    if sigma <= 0:
+        return x
+    weight = torch.exp(-0.5 * (torch.arange(-2, 3, dtype=x.dtype, device=x.device) / sigma) ** 2)
+    weight = weight / weight.sum()
+    for axis in range(3):
+        size, margin = [1, 1, 1], [0] * 6
+        size[axis] = len(weight)
+        margin[4 - 2 * axis] = margin[5 - 2 * axis] = 2
+        x = F.conv3d(F.pad(x, margin, mode="replicate"), weight.view(1, 1, *size))
+    return x
+
+
+def _matched(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The monotone map of decoded values to real ones, from pairs of both [n]: its values at the knots, [K]."""
+    decoded, real = torch.zeros(RANGE, dtype=torch.long), torch.zeros(RANGE, dtype=torch.long)
+    for a, b in pairs:
+        decoded, real = decoded + counts(a), real + counts(b)
+    reached, wanted = (side.double().cumsum(0) / side.sum().clamp_min(1) for side in (decoded, real))
+    place = torch.linspace(0, RANGE - 1, KNOTS).round().long()
+    there = torch.searchsorted(wanted, reached[place].clamp(max=1 - 1e-9)).clamp(max=RANGE - 1)
+    return there.float() / (RANGE - 1) * 2 - 1
+
+
+def _seen(examples: Sequence[Example], calibration: Calibration, tissue: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each reconstruction under a calibration, and where its rims are, or its even tissue."""
+    for example in examples:
+        x = example.under(calibration)
+        yield x, example.places.even(x, calibration.soft) if tissue else example.places.rim & body(x)
+
+
+def _mean_step(volumes: Iterable[tuple[Tensor, Tensor]], soft: Window) -> float:
+    """Mean |difference| of neighbours in the soft tissue window along D, H and W, of pairs that are both in the given place."""
+    total, pairs = 0.0, 0
+    for x, chosen in volumes:
+        window = x.clamp(*soft)
+        for axis in (2, 3, 4):
+            size = x.shape[axis] - 1
+            both = chosen.narrow(axis, 0, size) & chosen.narrow(axis, 1, size)
+            total += float(window.diff(dim=axis).abs()[both].sum(dtype=torch.float64))
+            pairs += int(both.sum())
+    return total / max(1, pairs)
+
+
+def _least(more: Callable[[float], bool], most: float) -> float:
+    """The least number from 0 to `most` of which there is enough, if `more` says whether a number is too little."""
+    if not more(0.0):
+        return 0.0
+    low, high = 0.0, most
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if more(middle) else (low, middle)
+    return high

@@ -1,0 +1,243 @@
+"""The calibration by place: against numpy, scipy, counted voxels and known distributions, and in a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from ctvae import model as model_module
+from ctvae.calibration import FILE, Calibration, Example, Places, body, curve, fit, highest, sharpened, smoothed
+from ctvae.checkpoint import load, save
+from ctvae.config import load_recipe
+from ctvae.errors import ConfigError, ModelError
+from ctvae.export import export
+from ctvae.generate import load as load_model
+from ctvae.models.tone import KNOTS
+from ctvae.training.train import train
+
+SOFT = (-0.16, 0.24)
+SHAPE = (24, 32, 40)
+
+
+def noise(seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def slab(depth: int = 10) -> Tensor:
+    """Air, and from voxel `depth` of W on fat: [1 1 D H W]."""
+    x = torch.full((1, 1, *SHAPE), -1.0)
+    x[..., depth:] = -0.1
+    return x
+
+
+def ball(radius: float = 10.0) -> Tensor:
+    """Fat in air, with an edge of one voxel: [1 1 D H W]."""
+    grid = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in SHAPE), indexing="ij")
+    distance = radius - np.sqrt(sum(axis**2 for axis in grid))
+    return torch.from_numpy(-1 + 0.9 * np.clip(distance + 0.5, 0, 1)).float()[None, None]
+
+
+def roughness(x: Tensor) -> float:
+    """Mean |difference| of neighbours in the body's rim, in the soft tissue window."""
+    inside = (Places.of(x, SOFT).rim & body(x))[0, 0].numpy()
+    window = x.clamp(*SOFT)[0, 0].numpy()
+    steps = []
+    for axis in range(3):
+        both = np.take(inside, range(1, SHAPE[axis]), axis) & np.take(inside, range(SHAPE[axis] - 1), axis)
+        steps.append(np.abs(np.diff(window, axis=axis))[both])
+    return float(np.concatenate(steps).mean())
+
+
+def test_a_curve_is_numpys_interpolation():
+    values, y = torch.randn(KNOTS, generator=torch.Generator().manual_seed(0)), torch.linspace(-1.3, 1.3, 977)
+    np.testing.assert_allclose(curve(y, values), np.interp(y.numpy(), np.linspace(-1, 1, KNOTS), values.numpy()), atol=1e-4)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 0.6, 1.0])
+def test_smoothing_is_scipys_gaussian(sigma):
+    x = noise(1).clamp(max=SOFT[1])
+    wanted = ndimage.gaussian_filter(x[0, 0].double().numpy(), sigma, radius=2, mode="nearest")
+    np.testing.assert_allclose(smoothed(x, sigma, SOFT)[0, 0], wanted, atol=1e-5)
+    assert torch.equal(smoothed(x, 0.0, SOFT), x)
+
+
+def test_what_is_brighter_than_soft_tissue_is_not_smeared():
+    x = torch.full((1, 1, *SHAPE), SOFT[1])
+    x[0, 0, 12, 16, 20] = 1.0
+    torch.testing.assert_close(smoothed(x, 0.8, SOFT), x)
+
+
+def test_sharpening_adds_what_the_gaussian_takes():
+    x = 0.3 * noise(2)
+    window = x.clamp(*SOFT)
+    taken = window - smoothed(window, 0.6, SOFT)
+    torch.testing.assert_close(sharpened(x, 0.4, SOFT), x + 0.4 * taken)
+
+
+@pytest.mark.parametrize("reach", [1, 2, 4])
+def test_the_highest_around_is_scipys_filter(reach):
+    x = noise(3)
+    wanted = ndimage.maximum_filter(x[0, 0].numpy(), 2 * reach + 1, mode="constant", cval=-np.inf)
+    np.testing.assert_array_equal(highest(x, reach)[0, 0], wanted)
+
+
+def test_places_of_a_slab():
+    """Voxels 0 to 9 of W are air: 0 to 7 see nothing else within two; the rim goes on for four voxels."""
+    places = Places.of(slab(10), SOFT)
+    assert places.empty[0, 0, 12, 16].nonzero().flatten().tolist() == list(range(8))
+    assert places.rim[0, 0, 12, 16].nonzero().flatten().tolist() == [8, 9, 10, 11]
+    assert not places.lung.any()
+    assert not places.cavity.any()
+    assert places.even(slab(10), SOFT)[0, 0, 12, 16].nonzero().flatten().tolist() == list(range(12, SHAPE[2]))
+
+
+def test_a_lung_is_wide_and_an_airway_is_not():
+    """Nine voxels wide in the body: a lung, its border with the tissue included. Three: a cavity."""
+    for width, is_lung in ((9, True), (3, False)):
+        x = torch.full((1, 1, *SHAPE), 0.05)
+        x[0, 0, 7 : 7 + width, 10 : 10 + width, 12 : 12 + width] = -0.85
+        places, dark = Places.of(x, SOFT), x < SOFT[0]
+        found, other = (places.lung, places.cavity) if is_lung else (places.cavity, places.lung)
+        assert torch.equal(found, dark)
+        assert not other.any()
+
+
+def stippled(seed: int) -> Example:
+    """A ball, and a decoder that knows its outline to half a voxel, under a curve that makes steps of it."""
+    real = ball()
+    raw = (smoothed(real, 0.7, SOFT) + 0.25 * noise(seed) * Places.of(real, SOFT).rim).clamp(-1.1, 1)
+    toned = torch.where(raw < -0.6, -1.0, torch.where(raw > -0.4, -0.1, 4.5 * (raw + 0.6) - 1.0))
+    return Example(raw, toned, real, SOFT)
+
+
+def test_stippled_outlines_become_as_smooth_as_those_of_scans():
+    examples = [stippled(seed) for seed in range(3)]
+    calibration = fit(examples, SOFT)
+    other = stippled(7)
+    made, wanted = calibration(other.raw, other.toned), roughness(other.real)
+    assert roughness(other.toned) > 1.5 * wanted
+    assert roughness(made) < roughness(other.toned)
+    assert calibration.sigma > 0.2
+    error = [(x - other.real).square().mean().item() for x in (other.toned, made)]
+    assert error[1] < 0.7 * error[0]
+    assert torch.equal(made[Places.of(other.toned, SOFT).empty], other.toned[Places.of(other.toned, SOFT).empty])
+
+
+def test_outlines_that_are_right_are_not_smoothed():
+    real = ball()
+    assert fit([Example(real, real, real, SOFT)], SOFT).sigma == 0.0
+
+
+def chest(lung: float, airway: float, seed: int = 0) -> Tensor:
+    x = torch.full((1, 1, *SHAPE), 0.05) + 0.01 * noise(seed)
+    x[0, 0, 4:18, 4:18, 4:18] = lung + 0.02 * noise(seed + 1, (14, 14, 14))[0, 0]
+    x[0, 0, 4:18, 24:27, 30:33] = airway + 0.02 * noise(seed + 2, (14, 3, 3))[0, 0]
+    return x
+
+
+def test_lungs_and_airways_of_one_decoded_value_get_their_own():
+    """Both come out at -0.8; a single curve would have to send them to one value."""
+    decoded, real = chest(-0.8, -0.8), chest(-0.7, -0.95, seed=5)
+    calibration = fit([Example(decoded, decoded, real, SOFT)], SOFT)
+    made = calibration(decoded, decoded)
+    assert made[0, 0, 4:18, 4:18, 4:18].mean().item() == pytest.approx(-0.7, abs=0.01)
+    assert made[0, 0, 4:18, 24:27, 30:33].mean().item() == pytest.approx(-0.95, abs=0.01)
+    spread = made[0, 0, 4:18, 4:18, 4:18].std().item()
+    assert spread == pytest.approx(0.02, rel=0.2)
+
+
+def test_tissue_that_is_too_even_differs_as_much_as_in_scans():
+    real = 0.05 + 0.02 * noise(9)
+    decoded = 0.05 + 0.9 * (real - 0.05)
+    calibration = fit([Example(decoded, decoded, real, SOFT)], SOFT)
+    steps = [x.diff(dim=4).abs().mean().item() for x in (decoded, calibration(decoded, decoded), real)]
+    assert steps[0] < 0.91 * steps[2]
+    assert steps[1] == pytest.approx(steps[2], rel=0.02)
+    assert fit([Example(real, real, decoded, SOFT)], SOFT).gain == 0.0  # it is never smoothed
+
+
+def test_a_file_gives_the_same(tmp_path):
+    calibration = fit([stippled(0)], SOFT)
+    calibration.save(tmp_path / FILE)
+    example = stippled(1)
+    made = calibration(example.raw, example.toned)
+    torch.testing.assert_close(Calibration.load(tmp_path / FILE)(example.raw, example.toned), made)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "meta"), [("rim", {}), (None, {"sigma": -1.0}), (None, {"gain": "much"}), (None, {"soft": [0.2, -0.1]})]
+)
+def test_a_damaged_file_is_one_line(tmp_path, tensor, meta):
+    fit([stippled(0)], SOFT).save(tmp_path / FILE)
+    tensors, told = load(tmp_path / FILE)
+    save(tmp_path / FILE, {name: value for name, value in tensors.items() if name != tensor}, {**told, **meta})
+    with pytest.raises(ModelError, match=FILE):
+        Calibration.load(tmp_path / FILE)
+
+
+CALIBRATED = (
+    "calibration.enabled=true", "data.patch=null", "prior.rank=2", "prior.sampling_steps=2", "prior.precision=fp32",
+    "autoencoder.precision=fp32", "finish.enabled=false",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_dataset, tiny_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibrated") / "run"
+    return train(tiny_dataset, folder, stage="calibration", overrides=CALIBRATED, start=tiny_run)
+
+
+def test_it_changes_what_is_decoded_and_no_weights(calibrated, tiny_run):
+    before, after = (load(run / "autoencoder.safetensors")[0] for run in (tiny_run, calibrated))
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    plain, model = load_model(tiny_run), load_model(calibrated)
+    latent = model.draw("flow", 3, 0).latent
+    assert torch.equal(latent, plain.draw("flow", 3, 0).latent)
+    assert (model.decode(latent) != plain.decode(latent)).any()
+    assert model.hash != plain.hash  # so that sidecars tell them apart
+
+
+def test_by_slabs_it_is_the_same(calibrated, monkeypatch):
+    model = load_model(calibrated)
+    latent = model.draw("flow", 3, 1).latent
+    whole = model.decode(latent)
+    monkeypatch.setattr(model_module, "CALIBRATED_VOXELS", 5 * 32 * 32)
+    np.testing.assert_array_equal(model.decode(latent), whole)
+
+
+def test_an_exported_model_has_it(calibrated, tmp_path):
+    exported = load_model(export(calibrated, tmp_path / "model"))
+    assert exported.calibration.sigma == load_model(calibrated).calibration.sigma
+    torch.testing.assert_close(exported.calibration.rim, load_model(calibrated).calibration.rim)
+
+
+def test_a_prior_trained_on_it_keeps_it_and_a_finish_does_not(calibrated, tiny_dataset, tmp_path):
+    quick = [*CALIBRATED, "prior.steps=2", "prior.log_every=2", "prior.save_every=2", "prior.batch=2"]
+    prior = train(tiny_dataset, tmp_path / "prior", stage="prior", overrides=quick, start=calibrated)
+    assert (prior / FILE).read_bytes() == (calibrated / FILE).read_bytes()
+    quick = [*CALIBRATED, "finish.enabled=true", "finish.steps=2", "finish.log_every=2", "finish.save_every=2", "finish.drawn=2"]
+    finished = train(tiny_dataset, tmp_path / "finish", stage="finish", overrides=quick, start=calibrated)
+    assert not (finished / FILE).exists()
+    train(tiny_dataset, tmp_path / "finish", stage="calibration", overrides=quick)  # of the new decoder
+    assert (finished / FILE).exists()
+
+
+def test_it_needs_an_autoencoder_and_spatial_latents(tiny_dataset, tiny_settings, tmp_path):
+    with pytest.raises(ModelError, match="no trained autoencoder"):
+        train(tiny_dataset, tmp_path, stage="calibration", overrides=[*tiny_settings[:-1], "calibration.enabled=true"])
+    with pytest.raises(ConfigError, match=r"calibration\.enabled: slice2d has no spatial latents"):
+        load_recipe("slice2d", ["calibration.enabled=true"])
+
+
+def test_none_is_none(calibrated):
+    """With curves as they were, no smoothing and no sharpening, a volume stays as it is."""
+    identity = torch.linspace(-1, 1, KNOTS)
+    nothing = Calibration(identity, identity, identity, 0.0, 0.0, SOFT)
+    x = stippled(0).raw.clamp(-1, 1)
+    torch.testing.assert_close(nothing(x, x), x)
+    torch.testing.assert_close(replace(nothing, sigma=0.5)(x, x)[Places.of(x, SOFT).empty], x[Places.of(x, SOFT).empty])
