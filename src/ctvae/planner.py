@@ -11,7 +11,7 @@ plane, then half in depth). Settings that the caller has set are left alone. doc
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,18 +21,19 @@ import torch
 import yaml
 
 from ctvae import intensity
-from ctvae.config import Config, Size3, Training, Wavelet3D, load_recipe, with_overrides
+from ctvae.config import Config, Size3, Wavelet3D, load_recipe, with_overrides
 from ctvae.dataset import Dataset
 from ctvae.device import computes_bf16
 from ctvae.errors import ConfigError, DoesNotFit, InputError
 from ctvae.model import SMALLEST_TILE
 from ctvae.planning import dry
 from ctvae.planning.dry import TrainingCost
+from ctvae.planning.remedies import Option, keys, options, prior_options
 from ctvae.planning.report import Plan
 from ctvae.planning.sizes import parse_size, smaller, strides_for, written
 from ctvae.planning.workspace import Kernels
 from ctvae.runlog import MEMORY_SETTINGS
-from ctvae.training.pace import STAGES, shares, steps_for, wants
+from ctvae.training.pace import TRAINED, shares, steps_for, wants
 
 MEMORY_KEYS = frozenset(f"{section}.{key}" for section, keys in MEMORY_SETTINGS.items() for key in keys)
 KEPT_FREE = 0.1  # share of the memory that a plan leaves: the prediction's own error, and what else runs
@@ -125,58 +126,6 @@ def this_device() -> Literal["cpu", "cuda"]:
 # --- the search ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Option:
-    """A way to need less: in words, and as settings."""
-
-    label: str
-    changes: tuple[str, ...]
-
-
-def options(cfg: Config, pinned: Collection[str] = (), stage: str | None = None) -> Iterator[Option]:
-    """Ways to need less in training the autoencoder, its polish and its finish, or `stage` of them, down to the least there is.
-
-    A smaller batch is made up for by accumulation. What is in `pinned` of batches, precision and the stages' own patches is left
-    alone; of the rest it is told.
-    """
-    less: tuple[str, ...] = ()
-    for batch, less in _smaller_batches(cfg, pinned, stage):
-        yield Option(f"a batch of {batch}", less)
-    half = _half_precision(_sections(cfg, stage), pinned)
-    if half:
-        less = (*less, *half)
-        yield Option("bf16", less)
-    if not isinstance(cfg.model, Wavelet3D):
-        return
-    if not cfg.model.checkpointing:
-        yield Option("checkpointing", (*less, "model.checkpointing=true"))
-    patches = list(_smaller_patches(cfg, pinned, stage))
-    for patch, crops in patches:
-        yield Option(f"patches of {written(patch)}", (*less, *crops))
-    if patches and not cfg.model.checkpointing:
-        patch, crops = patches[-1]
-        yield Option(f"patches of {written(patch)} and checkpointing", (*less, "model.checkpointing=true", *crops))
-
-
-def next_smaller(cfg: Config, stage: str, pinned: Collection[str] = ()) -> Option | None:
-    """The first way for `stage` (autoencoder, polish, finish or prior) to need less than `cfg` that changes nothing `pinned`."""
-    if stage != "prior":
-        found: Iterator[Option] = (option for option in options(cfg, pinned, stage) if not _keys(option) & set(pinned))
-    else:
-        found = _prior_options(cfg, pinned)
-    return next(found, None)
-
-
-def _prior_options(cfg: Config, pinned: Collection[str]) -> Iterator[Option]:
-    less: tuple[str, ...] = ()
-    for batch in () if {"prior.batch", "prior.accumulate"} & set(pinned) else _divisors(cfg.prior.batch):
-        less = _split("prior", cfg.prior, batch)
-        yield Option(f"a batch of {batch}", less)
-    half = _half_precision({"prior": cfg.prior}, pinned)
-    if half:
-        yield Option("bf16", (*less, *half))
-
-
 def patches_on_grid(cfg: Config) -> tuple[str, ...]:
     """The patches that were asked for, up to the next size that the network takes. Raises ConfigError where there are none."""
     asked = {section: getattr(cfg, section).patch for section in ("data", "polish", "finish")}
@@ -190,7 +139,7 @@ def precision_overrides(cfg: Config, pinned: Collection[str] = ()) -> tuple[str,
     """float32, as settings, where the recipe says bf16, nobody has asked for it and this device does not compute in it."""
     if computes_bf16():
         return ()
-    halves = [name for name in STAGES["both"] if wants(cfg, name) and getattr(cfg, name).precision == "bf16"]
+    halves = [name for name in TRAINED if wants(cfg, name) and getattr(cfg, name).precision == "bf16"]
     return tuple(f"{name}.precision=fp32" for name in halves if f"{name}.precision" not in pinned)
 
 
@@ -200,63 +149,6 @@ def strides_override(cfg: Config, source: Source, pinned: Collection[str] = ()) 
         return None
     strides = strides_for(source.spacing_mm, source.size, len(cfg.model.strides))
     return None if strides == cfg.model.strides else f"model.strides={[list(step) for step in strides]}"
-
-
-def _smaller_batches(cfg: Config, pinned: Collection[str], stage: str | None) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """The largest batch that is left, and the settings for it, from large to small; what is in `pinned` stays."""
-    free = {
-        name: section
-        for name, section in _sections(cfg, stage).items()
-        if not {f"{name}.batch", f"{name}.accumulate"} & set(pinned)
-    }
-    least = 2 if cfg.model.kind == "conv3d" else 1  # its BatchNorm needs more than one volume
-    for most in sorted({batch for section in free.values() for batch in _divisors(section.batch, least)}, reverse=True):
-        less: tuple[str, ...] = ()
-        for name, section in free.items():
-            if section.batch > most:
-                less += _split(name, section, next(n for n in _divisors(section.batch, least) if n <= most))
-        yield most, less
-
-
-def _sections(cfg: Config, stage: str | None) -> dict[str, Training]:
-    """Of the training before the prior and after it, or of `stage` alone."""
-    known: dict[str, Training] = {"autoencoder": cfg.autoencoder}
-    known |= {name: getattr(cfg, name) for name in ("polish", "finish") if getattr(cfg, name).enabled}
-    return {name: section for name, section in known.items() if stage in (None, name)}
-
-
-def _half_precision(sections: dict[str, Training], pinned: Collection[str]) -> tuple[str, ...]:
-    """bf16 for those that are in float32, where this device computes in it."""
-    keys = [f"{name}.precision" for name, section in sections.items() if section.precision == "fp32"]
-    return tuple(f"{key}=bf16" for key in keys if key not in pinned) if computes_bf16() else ()
-
-
-def _smaller_patches(cfg: Config, pinned: Collection[str], stage: str | None) -> Iterator[tuple[Size3, tuple[str, ...]]]:
-    """Ever smaller patches, and the settings by which no step sees more than that."""
-    crops: dict[str, Size3] = {}
-    for name in _sections(cfg, stage):
-        own = getattr(getattr(cfg, name), "patch", None) is not None
-        if not own or f"{name}.patch" not in pinned:
-            crops[f"{name if own else 'data'}.patch"] = dry.step_shape(cfg, name)
-    d, h, w = (max(sides) for sides in zip(*crops.values(), strict=True)) if crops else (1, 1, 1)
-    for size in smaller((d, h, w), cfg.model.grid):
-        less = {key: [min(sides) for sides in zip(crop, size, strict=True)] for key, crop in crops.items()}
-        yield size, tuple(f"{key}={crop}" for key, crop in less.items() if crop != list(crops[key]))
-
-
-def _divisors(number: int, least: int = 1) -> list[int]:
-    """Of `number`, below it, the largest first."""
-    return [n for n in range(number - 1, least - 1, -1) if number % n == 0]
-
-
-def _split(section: str, training: Training, batch: int) -> tuple[str, str]:
-    """As many volumes per step as before, `batch` at a time."""
-    together = training.batch * training.accumulate
-    return f"{section}.batch={batch}", f"{section}.accumulate={together // batch}"
-
-
-def _keys(option: Option) -> set[str]:
-    return {change.partition("=")[0] for change in option.changes}
 
 
 @dataclass(frozen=True)
@@ -281,7 +173,7 @@ class _Search:
             standing.setdefault(cfg.autoencoder.precision, tried[-1][1].standing)
             if self._fits(tried[-1][1].peak):
                 chosen = chosen or (tried[-1] if self._free(option) else None)
-                if any(cfg.patch_of(name) != asked.patch_of(name) for name in STAGES["both"]):
+                if any(cfg.patch_of(name) != asked.patch_of(name) for name in TRAINED):
                     break  # what is smaller still is of no interest
         return self._plan(base, tried, chosen)
 
@@ -306,7 +198,7 @@ class _Search:
 
     def _free(self, option: Option) -> bool:
         """Whether an option changes nothing that the caller has set."""
-        return not self._pinned & _keys(option)
+        return not self._pinned & keys(option)
 
     def _promising(self, cfg: Config, asked: Config, cost: TrainingCost) -> bool:
         """Whether smaller volumes may fit, were all but weights and the like in proportion to them; spares most dry runs."""
@@ -367,7 +259,7 @@ class _Search:
     def _prior(self, cfg: Config) -> tuple[tuple[str, ...], dict[str, int]]:
         """The first settings with which the prior fits, its batch divided and made up for, and its peaks by phase."""
         least = 0.0  # of a batch of one: what a step needs besides its batch does not get less with it
-        *larger, last = ((), *(option.changes for option in _prior_options(cfg, self._pinned)))
+        *larger, last = ((), *(option.changes for option in prior_options(cfg, self._pinned)))
         for changes in (*larger, last):
             tried = with_overrides(cfg, changes)
             if changes != last and not self._fits(least * tried.prior.batch):

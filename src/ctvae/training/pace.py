@@ -25,7 +25,8 @@ from ctvae.training.prior import Conditioning, FlowObjective, build_velocity, fi
 SHARES = {"autoencoder": 0.8, "prior": 0.2}  # of the time for all stages; vector priors are quick
 SPATIAL_SHARES = {"autoencoder": 0.3, "polish": 0.12, "prior": 0.58, "finish": 0.15}
 STAGES = {"autoencoder": ("autoencoder", "polish"), "prior": ("prior",), "finish": ("finish",)}
-STAGES |= {"calibration": ("calibration",), "both": ("autoencoder", "polish", "prior", "finish", "calibration")}
+TRAINED = ("autoencoder", "polish", "prior", "finish")
+STAGES |= {"calibration": ("calibration",), "both": (*TRAINED, "calibration")}
 MEASURED_STEPS = 3
 FEW_LATENTS = 4
 

@@ -18,10 +18,11 @@ from ctvae.config import Config, Wavelet3D, load_config, load_recipe, with_overr
 from ctvae.dataset import Dataset
 from ctvae.errors import ConfigError, DoesNotFit
 from ctvae.planning import planfile
+from ctvae.planning.remedies import next_smaller
 from ctvae.planning.sizes import written
 from ctvae.training import start
 from ctvae.training.groups import training_shape
-from ctvae.training.pace import STAGES, steps_for, wants
+from ctvae.training.pace import STAGES, TRAINED, steps_for, wants
 
 SURELY_BYTES = 16_384  # per voxel of a batch: thirty times what any recipe takes. With less than that there is a plan to make
 SURELY_GB = 1.0  # and this for weights and the prior
@@ -91,7 +92,7 @@ def settle(dataset: Dataset, folder: Path, asked: Asked) -> Settled:
 
 def smaller(settled: Settled, asked: Asked, stage: str) -> Settled | None:
     """The next smaller plan for `stage` of the recipe, after its memory ran out; None where there is none."""
-    option = planner.next_smaller(settled.cfg, stage, asked.pinned)
+    option = next_smaller(settled.cfg, stage, asked.pinned)
     if option is None:
         return None
     planned = _merged(settled.planned, option.changes)
@@ -114,7 +115,7 @@ def refuse_uneven(cfg: Config, stage: str, processes: int) -> None:
         raise ConfigError("conv3d: its BatchNorm would see one process's share only; train its autoencoder without torchrun")
     if processes == 1 and cfg.prior.shard and "prior" in STAGES[stage]:
         raise ConfigError("prior.shard: there is one process to hold the network; leave it out, or start several by torchrun")
-    for name in (name for name in STAGES[stage] if name != "calibration"):  # which one process does
+    for name in (name for name in STAGES[stage] if name in TRAINED):
         batch = getattr(cfg, name).batch
         if batch % processes and wants(cfg, name):
             above = -(-batch // processes) * processes
@@ -123,7 +124,7 @@ def refuse_uneven(cfg: Config, stage: str, processes: int) -> None:
 
 def _share(cfg: Config, processes: int) -> Config:
     """With the batches of one process."""
-    sections = {name: getattr(cfg, name) for name in STAGES["both"] if name != "calibration"}
+    sections = {name: getattr(cfg, name) for name in TRAINED}
     shared = {name: section.model_copy(update={"batch": section.batch // processes}) for name, section in sections.items()}
     return cfg.model_copy(update=shared) if processes > 1 else cfg
 
