@@ -11,13 +11,14 @@ from scipy import ndimage
 from torch import Tensor
 
 from ctvae import model as model_module
-from ctvae.calibration import FILE, Calibration, Example, Places, body, curve, fit, highest, sharpened, smoothed
+from ctvae.calibration import FILE, HALO, Calibration, Example, Places, body, curve, fit, highest, sharpened, smoothed
 from ctvae.checkpoint import load, save
 from ctvae.config import load_recipe
 from ctvae.errors import ConfigError, ModelError
 from ctvae.export import export
 from ctvae.generate import load as load_model
 from ctvae.models.tone import KNOTS
+from ctvae.tiling import tiled
 from ctvae.training.train import train
 
 SOFT = (-0.16, 0.24)
@@ -178,6 +179,21 @@ def test_a_damaged_file_is_one_line(tmp_path, tensor, meta):
     save(tmp_path / FILE, {name: value for name, value in tensors.items() if name != tensor}, {**told, **meta})
     with pytest.raises(ModelError, match=FILE):
         Calibration.load(tmp_path / FILE)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_lies_beyond_the_halo_does_not_matter(seed):
+    """Volumes of coarse noise that have all places; slabs of three slices with their halo, and the whole."""
+    shape = (60, 24, 24)
+    grain = ndimage.gaussian_filter(noise(seed, shape)[0, 0].numpy(), (3, 2, 2))
+    x = torch.from_numpy(0.5 * grain / grain.std() - 0.8).clamp(-1, 0.3)[None, None]
+    where = Places.of(x, SOFT)
+    assert all(place.any() for place in (where.empty, where.rim, where.lung, where.cavity))
+    knots = torch.linspace(-1, 1, KNOTS)
+    calibration = Calibration(knots - 0.1, 0.8 * knots, 0.5 * knots, 0.6, 0.5, SOFT)
+    one = (1, 1, 1)
+    pieces = tiled(lambda part: calibration(part, part), x, factor_in=one, factor_out=one, tile=(3, 24, 24), halo=(HALO, 0, 0))
+    torch.testing.assert_close(pieces, calibration(x, x), atol=1e-6, rtol=0)
 
 
 CALIBRATED = (

@@ -42,7 +42,7 @@ MOST_SIGMA, MOST_GAIN = 1.0, 1.0
 EVEN_SIGMA = 0.6  # voxels: what differs from its neighbours is what this takes away
 HALVINGS = 6  # of the range in which sigma and gain are looked for
 CURVES = ("rim", "lung", "cavity")
-HALO = AROUND + REACH + max(AROUND, BORDER)  # voxels that a voxel's value can depend on, along each axis
+HALO = AROUND + REACH + BORDER + 2  # voxels that a voxel can depend on, along each axis; 2 of them are smoothing's
 Window = tuple[float, float]
 
 
