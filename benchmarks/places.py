@@ -1,10 +1,11 @@
-"""Where reconstructions differ from their scans from voxel to voxel: outlines, lungs, cavities, even tissue, with and without
+"""Where reconstructions differ from their scans from voxel to voxel: outlines, lungs, cavities, tissue, with and without
 calibration.
 
     python benchmarks/places.py headneck hn --split validation --groups 24
 
 One line per place: mean |difference| of neighbours in the soft tissue window in HU, of the scans, decoded, and calibrated, and
-the ratios; for lungs and cavities the share of the body's voxels below -900 HU. The places are each volume's own.
+the ratios; power of fine detail in the body; for lungs and cavities the share of the body's voxels below -900 HU. The places are
+each volume's own.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor
 
 from ctvae import intensity, preprocess
-from ctvae.calibration import BODY, Places, Window, body
+from ctvae.calibration import BODY, Places, Window, body, detail, highest
 from ctvae.dataset import Dataset
 from ctvae.device import generator
 from ctvae.model import open_model
 
 STEPS: dict[str, Callable[[Tensor, Places, Window], Tensor]] = {
     "outline": lambda x, places, soft: places.rim & body(x),
-    "even tissue": lambda x, places, soft: places.even(x, soft),
+    "even tissue": lambda x, places, soft: ~(places.empty | places.rim) & (highest(x, 1) < soft[1]) & (-highest(-x, 1) > soft[0]),
     "body": lambda x, places, soft: body(x),
 }
 DARK_HU = -900
@@ -56,7 +57,8 @@ def main() -> None:
     for name in total["scans"]:
         scans, decoded, calibrated = (total[side][name][0] / max(1.0, total[side][name][1]) for side in total)
         dark = name.startswith("below")
-        scale, unit = (100, "% of the body") if dark else ((high - low) / 2, "HU")
+        unit = "% of the body" if dark else "HU^2" if name.startswith("power") else "HU"
+        scale = {"% of the body": 100, "HU": (high - low) / 2, "HU^2": ((high - low) / 2) ** 2}[unit]
         numbers = f"{scale * scans:7.2f} {scale * decoded:7.2f} {scale * calibrated:7.2f} {unit}"
         print(f"{name:28s} {numbers:40s} ratios {decoded / scans:.2f} {calibrated / scans:.2f}")
 
@@ -69,6 +71,7 @@ def _add(total: dict[str, list[float]], x: Tensor, soft: Window, dark: float) ->
             size = x.shape[axis] - 1
             both = chosen.narrow(axis, 0, size) & chosen.narrow(axis, 1, size)
             _sum(total, f"steps, {name}, {letter}", window.diff(dim=axis).abs()[both].sum(), both.sum())
+    _sum(total, "power of fine detail", detail(x, soft)[body(x)].square().sum(), body(x).sum())
     for name, place in (("lungs", places.lung), ("cavities", places.cavity)):
         _sum(total, f"below {DARK_HU} HU, {name}", (place & (x < dark)).sum(), (x > BODY).sum())
 

@@ -1,4 +1,4 @@
-"""What a decoder does to outlines, lungs and even tissue, put right in closed form: one curve for all places cannot.
+"""What a decoder does to outlines, lungs and fine detail, put right in closed form: one curve for all places cannot.
 
 A decoded value of -850 HU may be a dark lung, a sinus, or a voxel on the outline of the body, half in air. The curve of
 `models/tone.py` takes all the same way: outlines come out stippled, and lungs with black borders. So volumes are cut into
@@ -8,11 +8,13 @@ places, by what is around each voxel:
 * rim: within four voxels of that. Decoded values are smoothed by a Gaussian of `sigma` voxels, then pass a curve that is as steep
   as outlines of scans are: what came out as dots becomes a line;
 * lung: darker than soft tissue, and within three voxels of where all is so that lies within two voxels; has a curve of its own;
-* cavity: darker than soft tissue and none of these, such as airways; has a curve too;
-* even: none of these, with nothing but soft tissue next to it. Differences from its neighbours grow by `gain`.
+* cavity: darker than soft tissue and none of these, such as airways; has a curve too.
 
-Curves are monotone maps of one distribution to another (histogram matching; Gonzalez and Woods 2018, section 3.3), `sigma` and
-`gain` those with which neighbours differ as much as in scans, all from reconstructions of training groups and their originals.
+Then, in all but empty air, what a Gaussian takes away of soft tissue and its edges grows by `gain`: decoders blur.
+
+Curves are monotone maps of one distribution to another (histogram matching; Gonzalez and Woods 2018, section 3.3). `sigma` is the
+one with which neighbours in outlines differ as much as in scans, `gain` the one with which fine detail has as much power. All are
+from reconstructions of training groups and their originals.
 
 Shapes:  D H W voxels in -1..1   K knots
 """
@@ -39,7 +41,7 @@ BODY = -0.5
 REACH = 4  # voxels from empty air to the other side of a rim: AROUND outside, as many inside
 BORDER = 3  # voxels from open lung to the tissue about it
 MOST_SIGMA, MOST_GAIN = 1.0, 1.0
-EVEN_SIGMA = 0.6  # voxels: what differs from its neighbours is what this takes away
+FINE_SIGMA = 0.6  # voxels: fine detail is what this takes away
 HALVINGS = 6  # of the range in which sigma and gain are looked for
 CURVES = ("rim", "lung", "cavity")
 HALO = AROUND + REACH + BORDER + 2  # voxels that a voxel can depend on, along each axis; 2 of them are smoothing's
@@ -56,15 +58,21 @@ class Calibration:
     soft: Window  # the soft tissue window in -1..1
 
     def __call__(self, raw: Tensor, toned: Tensor) -> Tensor:
-        """What a decoder made [1 1 D H W], before and after its own curve, as it is to be: [1 1 D H W]."""
-        return self.applied(raw, toned, Places.of(toned, self.soft))
+        """What a decoder made, before and after its own curve, as it is to be: [B 1 D H W] each."""
+        return self.applied(raw, toned, Places.of(toned.detach(), self.soft))
 
     def applied(self, raw: Tensor, toned: Tensor, where: Places) -> Tensor:
         """The same where the places are known."""
         out = torch.where(where.rim, curve(smoothed(raw, self.sigma, self.soft), self.rim), toned)
         out = torch.where(where.lung, curve(raw, self.lung), out)
         out = torch.where(where.cavity, curve(raw, self.cavity), out)
-        return torch.where(where.even(out, self.soft), sharpened(out, self.gain, self.soft), out)
+        return torch.where(where.empty, out, out + self.gain * detail(out, self.soft))
+
+    @classmethod
+    def nothing(cls, soft: Window) -> Calibration:
+        """One that changes nothing."""
+        same = torch.linspace(-1, 1, KNOTS)
+        return cls(same, same, same, 0.0, 0.0, soft)
 
     def save(self, path: Path) -> None:
         numbers = {"sigma": self.sigma, "gain": self.gain, "soft": list(self.soft)}
@@ -106,10 +114,6 @@ class Places:
         lung = dark & _near(open_, BORDER)
         return cls(empty, rim, lung, dark & ~lung)
 
-    def even(self, x: Tensor, soft: Window) -> Tensor:
-        """Where nothing but soft tissue is next to it in x [1 1 D H W]: bool."""
-        return ~(self.empty | self.rim) & (highest(x, 1) < soft[1]) & (-highest(-x, 1) > soft[0])
-
 
 class Example:
     """A training group and its reconstruction, before and after the decoder's own curve: [1 1 D H W] each."""
@@ -123,13 +127,13 @@ class Example:
 
 
 def fit(examples: Sequence[Example], soft: Window) -> Calibration:
-    """The calibration with which reconstructions have what scans have: HU by place, and differences between neighbours."""
+    """The calibration with which reconstructions have what scans have: HU by place, smooth outlines, power of fine detail."""
 
     def matched(decoded: Callable[[Example], Tensor], place: str) -> Tensor:
         return _matched([(decoded(e)[where], e.real[where]) for e in examples for where in (getattr(e.places, place),)])
 
     lung, cavity = (matched(lambda e: e.raw, place) for place in ("lung", "cavity"))
-    made = Calibration(torch.linspace(-1, 1, KNOTS), lung, cavity, 0.0, 0.0, soft)
+    made = replace(Calibration.nothing(soft), lung=lung, cavity=cavity)
 
     def smoother(sigma: float) -> Calibration:
         return replace(made, rim=matched(lambda e: smoothed(e.raw, sigma, soft), "rim"), sigma=sigma)
@@ -140,8 +144,8 @@ def fit(examples: Sequence[Example], soft: Window) -> Calibration:
     def livelier(gain: float) -> Calibration:
         return replace(made, gain=gain)
 
-    tissue = _mean_step([(e.real, e.real_places.even(e.real, soft)) for e in examples], soft)
-    return livelier(_least(lambda gain: _mean_step(_seen(examples, livelier(gain), True), soft) < tissue, MOST_GAIN))
+    fine = _power(((e.real, body(e.real)) for e in examples), soft)
+    return livelier(_least(lambda gain: _power(_seen(examples, livelier(gain), True), soft) < fine, MOST_GAIN))
 
 
 def body(x: Tensor) -> Tensor:
@@ -170,16 +174,16 @@ def smoothed(x: Tensor, sigma: float, soft: Window) -> Tensor:
     return x + _blurred(dark, sigma) - dark
 
 
-def sharpened(x: Tensor, gain: float, soft: Window) -> Tensor:
-    """x [1 1 D H W] with `gain` times more of what a Gaussian takes away in the soft tissue window."""
+def detail(x: Tensor, soft: Window) -> Tensor:
+    """What a Gaussian takes away of x [B 1 D H W] in the soft tissue window."""
     window = x.clamp(*soft)
-    return x + gain * (window - _blurred(window, EVEN_SIGMA))
+    return window - _blurred(window, FINE_SIGMA)
 
 
 def curve(x: Tensor, values: Tensor) -> Tensor:
     """`values` [K] at knots from -1 to 1, between them by straight lines; beyond, those of the ends: like x."""
     place = (x.clamp(-1, 1) + 1) * ((KNOTS - 1) / 2)
-    below = place.long().clamp(max=KNOTS - 2)
+    below, values = place.long().clamp(max=KNOTS - 2), values.to(x)
     return torch.lerp(values[below], values[below + 1], place - below)
 
 
@@ -208,11 +212,20 @@ def _matched(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return there.float() / (RANGE - 1) * 2 - 1
 
 
-def _seen(examples: Sequence[Example], calibration: Calibration, tissue: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each reconstruction under a calibration, and where its rims are, or its even tissue."""
+def _seen(examples: Sequence[Example], calibration: Calibration, anywhere: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each reconstruction under a calibration, and where its body is, at the rims or anywhere."""
     for example in examples:
         x = example.under(calibration)
-        yield x, example.places.even(x, calibration.soft) if tissue else example.places.rim & body(x)
+        yield x, body(x) if anywhere else example.places.rim & body(x)
+
+
+def _power(volumes: Iterable[tuple[Tensor, Tensor]], soft: Window) -> float:
+    """Mean square of the fine detail in the given places."""
+    total, voxels = 0.0, 0
+    for x, chosen in volumes:
+        total += float(detail(x, soft)[chosen].square().sum(dtype=torch.float64))
+        voxels += int(chosen.sum())
+    return total / max(1, voxels)
 
 
 def _mean_step(volumes: Iterable[tuple[Tensor, Tensor]], soft: Window) -> float:

@@ -239,7 +239,7 @@ class Finish(Sharpening):
 
 
 class Calibrating(Section):
-    """Outlines, lungs and even tissue put right in closed form, once the decoder is trained (`calibration.py`)."""
+    """Outlines, lungs and fine detail put right in closed form, once the decoder is trained (`calibration.py`)."""
 
     enabled: bool = False
 

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ctvae.calibration import Calibration
 from ctvae.checkpoint import EMA
 from ctvae.conditions import OF_GROUP
 from ctvae.config import Config, Model, Prior, Sharpening, Size3, Training, Wavelet3D
@@ -142,7 +143,8 @@ def finish(cfg: Config, kernels: Kernels) -> int:
         assert isinstance(pair, FinishedPair)
         sizes = (size // step for size, step in zip(x.shape[2:], network.cfg.grid, strict=True))
         drawn = torch.empty(len(x), network.cfg.latent_channels, *sizes)  # [B Z d h w]
-        return FinishObjective(network, pair, cfg)(x, drawn, generator(0, 0))
+        calibration = Calibration.nothing(soft) if cfg.calibration.enabled else None
+        return FinishObjective(network, pair, cfg, calibration=calibration)(x, drawn, generator(0, 0))
 
     return _decoder_against_a_judge(cfg, "finish", partial(FinishedPair, soft=soft), draw, kernels)
 

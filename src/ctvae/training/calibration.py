@@ -1,4 +1,4 @@
-"""The last stage: what the decoder does to outlines, lungs and even tissue, measured on training groups (`calibration.py`)."""
+"""The last stage: what the decoder does to outlines, lungs and fine detail, measured on training groups (`calibration.py`)."""
 
 from __future__ import annotations
 

@@ -12,12 +12,15 @@ Shapes:  B batch   D H W voxels   Z latent channels   d h w latent voxels
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctvae import losses
+from ctvae.calibration import FILE as CALIBRATION
+from ctvae.calibration import Calibration
 from ctvae.checkpoint import EMA
 from ctvae.config import Config, Size3
 from ctvae.device import generator, make_fabric, place
@@ -55,10 +58,11 @@ class FinishObjective(nn.Module):
 
     def __init__(
         self, network: Autoencoder, pair: FinishedPair, cfg: Config, ranks: Ranks = ALONE,
-        perceptual: PerceptualTerm | None = None,
+        perceptual: PerceptualTerm | None = None, calibration: Calibration | None = None,
     ):  # fmt: skip
         super().__init__()
         self.network, self.pair, self.cfg, self.ranks = network, pair, cfg.finish, ranks
+        self.calibration = calibration
         assert isinstance(network, Wavelet3DVAE)
         self.before = Decoder(network.cfg).requires_grad_(False)
         self.before.load_state_dict(network.decoder.state_dict())
@@ -70,7 +74,7 @@ class FinishObjective(nn.Module):
         and the loss terms."""
         cfg, pair, network = self.cfg, self.pair, self.network
         encoded = noisy_latents(network, x, cfg.latent_noise, random, self.ranks)
-        y = network.decode(torch.cat((encoded, drawn.to(encoded.dtype)))).float()
+        y = self._decoded(network.decoder, torch.cat((encoded, drawn.to(encoded.dtype))))
         x, y = within(x, self.margin), within(y, self.margin)
         again, made = y.chunk(2)
         logits, fake = pair.discriminator(y)
@@ -83,11 +87,19 @@ class FinishObjective(nn.Module):
         }
         if cfg.anchor_weight:
             with torch.no_grad():
-                before = within(self.before(drawn.to(encoded.dtype)), self.margin)
+                before = within(self._decoded(self.before, drawn.to(encoded.dtype)), self.margin)
             terms["anchor"] = cfg.anchor_weight * coarse_difference(made, before)
         if self.perceptual is not None:
             terms["perceptual"] = cfg.perceptual_weight * self.perceptual(again, x, random)
         return x, y, {**self.reconstruction(again, x), **terms}
+
+    def _decoded(self, decoder: Any, z: Tensor) -> Tensor:
+        """As in use, where it is calibrated: or losses ask the decoder for what it need not do. [B Z d h w] -> [B 1 D H W]"""
+        if self.calibration is None:
+            return decoder(z).float()  # type: ignore[no-any-return]
+        raw = decoder.raw(z)
+        with torch.autocast(raw.device.type, enabled=False):
+            return self.calibration(raw, raw if decoder.tone is None else decoder.tone(raw))
 
 
 def coarse_difference(a: Tensor, b: Tensor) -> Tensor:
@@ -117,7 +129,8 @@ def finish_decoder(
     pair = FinishedPair(network.decoder, PatchDiscriminator(settings.discriminator_width, goal.soft), goal.soft, ranks)
     for module in (network, pair):
         place(module, fabric.device)
-    objective = FinishObjective(network, pair, cfg, ranks, perceptual_term(settings.perceptual))  # holds the decoder as it is
+    calibration = Calibration.load(run.folder / CALIBRATION) if cfg.calibration.enabled else None
+    objective = FinishObjective(network, pair, cfg, ranks, perceptual_term(settings.perceptual), calibration)  # keeps the decoder
     place(objective.before, fabric.device)
     fit_tone(network, training, settings.latent_noise, cfg.seed, ranks)
     ema = EMA(pair, settings.ema_decay)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ctvae.calibration import FILE as CALIBRATION
 from ctvae.checkpoint import file_hash, load
 from ctvae.conditions import Columns, Known, read_columns
 from ctvae.config import Config, validated
@@ -149,6 +150,9 @@ class _Stages:
     def _finish(self, cfg: Config) -> None:
         if not self.ranks.told(lambda: self.run.stage_done("prior")):
             raise ModelError(f"{self.run.folder}: has no trained prior yet, whose samples `finish` needs; run --stage prior")
+        if cfg.calibration.enabled and self.ranks.first and not (self.run.folder / CALIBRATION).exists():
+            calibrate(self.run, self.data)  # as the decoder is now: the finish sees what comes out in the end
+        self.ranks.barrier()
         finish_decoder(self.run, cfg, *self._split("finish"), self.ranks)
 
     def _calibration(self, _: Config) -> None:
