@@ -16,12 +16,13 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
+
+if TYPE_CHECKING:
+    from sklearn.mixture import GaussianMixture
 
 Floats = NDArray[np.floating[Any]]
 Tensors = dict[str, np.ndarray]
@@ -242,6 +243,9 @@ def _candidates(volumes: int, rank: int) -> list[tuple[int, str]]:
 
 def _em(scaled: Floats, components: int, kind: str) -> GaussianMixture:
     """One mixture by expectation maximisation. One that has not converged is still a density that the BIC can judge."""
+    from sklearn.exceptions import ConvergenceWarning  # a second of processor time, which drawing and planning do not need
+    from sklearn.mixture import GaussianMixture
+
     mixture = GaussianMixture(components, covariance_type=kind, reg_covar=VARIANCE_FLOOR, n_init=3, max_iter=300, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

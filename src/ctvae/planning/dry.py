@@ -380,6 +380,8 @@ def _flow_step(name: str, network: nn.Module, batch: Callable, settings: Prior, 
         to_channels_last(network)
     ema = EMA(network, settings.ema_decay)
     optimizer = _after_a_step(network, settings)
+    if isinstance(optimizer, Muon):
+        optimizer.iterations = 2  # the others hold what the second does
     if settings.accumulate == 1:
         optimizer.zero_grad(set_to_none=True)
     ledger.since()

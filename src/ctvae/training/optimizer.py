@@ -16,9 +16,10 @@ from ctvae.config import Training
 from ctvae.sharding import own_part, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic whose iteration drives singular values towards 1
+ITERATIONS = 5
 
 
-def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
+def orthogonalised(matrix: Tensor, iterations: int = ITERATIONS) -> Tensor:
     """About U V^T for matrix = U S V^T, by Newton-Schulz iterations: singular values end between 0.7 and 1.2.
 
     Each iteration is X -> P X with P = aI + bG + cG^2 and G = X X^T. All P are polynomials of the first G and commute, so
@@ -45,6 +46,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, network: nn.Module, lr: float, weight_decay: float = 0.0):
         parameters = [p for p in network.parameters() if p.requires_grad]
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+        self.iterations = ITERATIONS
 
     def begin(self) -> None:
         """The state as the first step makes it, before it changes anything."""
@@ -76,7 +78,8 @@ class Muon(torch.optim.Optimizer):
         state["momentum"].lerp_(grad, 1 - momentum)
         update = whole(grad.lerp(state["momentum"], momentum)).flatten(1)  # Nesterov's look-ahead
         size = 0.2 * max(update.shape) ** 0.5
-        p.mul_(1 - lr * weight_decay).add_(own_part(orthogonalised(update).view(p.shape), like=p), alpha=-lr * size)
+        direction = orthogonalised(update, self.iterations).view(p.shape)
+        p.mul_(1 - lr * weight_decay).add_(own_part(direction, like=p), alpha=-lr * size)
 
     def _adam(self, p: Tensor, grad: Tensor, lr: float, beta1: float = 0.9, beta2: float = 0.99) -> None:
         state = self._state_of(p)
