@@ -220,11 +220,11 @@ def test_it_changes_what_is_decoded_and_no_weights(calibrated, tiny_run):
     assert model.hash != plain.hash  # so that sidecars tell them apart
 
 
-def test_by_slabs_it_is_the_same(calibrated, monkeypatch):
+def test_by_tiles_it_is_the_same(calibrated, monkeypatch):
     model = load_model(calibrated)
     latent = model.draw("flow", 3, 1).latent
     whole = model.decode(latent)
-    monkeypatch.setattr(model_module, "CALIBRATED_VOXELS", 5 * 32 * 32)
+    monkeypatch.setattr(model_module, "CALIBRATED_TILE", (5, 9, 32))
     np.testing.assert_array_equal(model.decode(latent), whole)
 
 

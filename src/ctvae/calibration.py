@@ -150,20 +150,26 @@ def fit(examples: Sequence[Example], soft: Window) -> Calibration:
 
 def body(x: Tensor) -> Tensor:
     """Where x [1 1 D H W] is no air, holes that two voxels fill included: bool [1 1 D H W]."""
-    return -highest(-highest((x > BODY).to(x.dtype), 1), 1) > 0
+    return ~highest(~highest(x > BODY, 1), 1)
 
 
 def _near(where: Tensor, reach: int) -> Tensor:
     """Within `reach` voxels of `where`: bool [1 1 D H W]."""
-    return highest(where.float(), reach) > 0
+    return highest(where, reach)
 
 
+@torch.no_grad()
 def highest(x: Tensor, reach: int) -> Tensor:
-    """The highest value within `reach` voxels along D, H and W: like x [1 1 D H W]."""
-    for axis in range(3):
-        size, margin = [1, 1, 1], [0, 0, 0]
-        size[axis], margin[axis] = 2 * reach + 1, reach
-        x = F.max_pool3d(x, size, stride=1, padding=margin)
+    """The highest value within `reach` voxels along D, H and W, of bool whether any is true: like x [1 1 D H W]."""
+    larger = torch.logical_or if x.dtype == torch.bool else torch.maximum
+    for axis in (2, 3, 4):
+        size, most = x.shape[axis], x.clone()
+        for shift in range(1, min(reach, size - 1) + 1):
+            rest = size - shift
+            for to, of in ((0, shift), (shift, 0)):
+                into = most.narrow(axis, to, rest)
+                larger(into, x.narrow(axis, of, rest), out=into)
+        x = most
     return x
 
 

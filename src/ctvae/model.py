@@ -40,7 +40,7 @@ from ctvae.volume import Volume
 from ctvae.wiener import WienerVelocity
 
 PACKAGED = Path(__file__).parent / "packaged"
-CALIBRATED_VOXELS = 2**22  # at a time
+CALIBRATED_TILE = (64, 128, 128)  # D H W, halo not counted
 SMALLEST_TILE = (32, 64, 64)  # D H W, halo not counted: below that the halo is nearly all of it
 OF_FREE_MEMORY = 0.5  # share that a tile may take
 OF_A_DESCENT = 6  # times what a pass through the decoder takes: found 3 to 4 (docs/log.md, refined latents)
@@ -166,12 +166,11 @@ class Model:
             return self.network.decoder.raw(z.to(self.device)).cpu()
 
     def _calibrated(self, raw: Tensor) -> Tensor:
-        """Slab by slab, each with what its voxels depend on: it takes a dozen times the memory of a slab."""
+        """Tile by tile, each with what its voxels depend on: it takes twenty times the memory of a tile."""
         assert self.calibration is not None
-        one, calibration = (1, 1, 1), self.calibration
-        slab = (max(1, CALIBRATED_VOXELS // (raw.shape[3] * raw.shape[4])), raw.shape[3], raw.shape[4])
+        one, reach, calibration = (1, 1, 1), (HALO, HALO, HALO), self.calibration
         return tiled(
-            lambda x: calibration(x, self.toned(x)), raw, factor_in=one, factor_out=one, tile=slab, halo=(HALO, 0, 0)
+            lambda x: calibration(x, self.toned(x)), raw, factor_in=one, factor_out=one, tile=CALIBRATED_TILE, halo=reach
         )
 
     def _autocast(self) -> torch.autocast:
