@@ -20,7 +20,9 @@ from ctvae.generate import load as load_model
 from ctvae.models import build
 from ctvae.models.discriminator import PatchDiscriminator
 from ctvae.models.tone import KNOTS
+from ctvae.runlog import Run
 from ctvae.tiling import tiled
+from ctvae.training import autoencoder
 from ctvae.training.finish import FinishedPair, FinishObjective
 from ctvae.training.train import train
 
@@ -124,7 +126,7 @@ def test_stippled_outlines_become_as_smooth_as_those_of_scans():
     other = stippled(7)
     made, wanted = calibration(other.raw, other.toned), roughness(other.real)
     assert roughness(other.toned) > 1.5 * wanted
-    assert roughness(made) < roughness(other.toned)
+    assert roughness(made) == pytest.approx(wanted, rel=0.15)  # of one that it was not fitted to
     assert calibration.sigma > 0.2
     error = [(x - other.real).square().mean().item() for x in (other.toned, made)]
     assert error[1] < 0.7 * error[0]
@@ -173,12 +175,16 @@ def test_a_file_gives_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "meta"), [("rim", {}), (None, {"sigma": -1.0}), (None, {"gain": "much"}), (None, {"soft": [0.2, -0.1]})]
-)
-def test_a_damaged_file_is_one_line(tmp_path, tensor, meta):
+    ("curves", "meta"),
+    [
+        ({"rim": torch.zeros(3)}, {}), ({"lung": torch.full((KNOTS,), torch.nan)}, {}), ({}, {"sigma": -1.0}),
+        ({}, {"gain": "much"}), ({}, {"soft": [0.2, -0.1]}), ({}, {"soft": None}),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_one_line(tmp_path, curves, meta):
     fit([stippled(0)], SOFT).save(tmp_path / FILE)
     tensors, told = load(tmp_path / FILE)
-    save(tmp_path / FILE, {name: value for name, value in tensors.items() if name != tensor}, {**told, **meta})
+    save(tmp_path / FILE, {**tensors, **curves}, {**told, **meta})
     with pytest.raises(ModelError, match=FILE):
         Calibration.load(tmp_path / FILE)
 
@@ -243,6 +249,23 @@ def test_a_prior_trained_on_it_keeps_it_and_a_finish_does_not(calibrated, tiny_d
     assert not (finished / FILE).exists()
     train(tiny_dataset, tmp_path / "finish", stage="calibration", overrides=quick)  # of the new decoder
     assert (finished / FILE).exists()
+
+
+def test_a_kill_leaves_none_beside_a_decoder_that_it_is_not_of(calibrated, tiny_dataset, tmp_path, monkeypatch):
+    """The finish calibrates the decoder before it, and has forgotten that when the new weights are written."""
+    quick = [*CALIBRATED, "finish.enabled=true", "finish.steps=2", "finish.log_every=2", "finish.save_every=2", "finish.drawn=2"]
+
+    def killed(path, *_):
+        raise KeyboardInterrupt(path.name)
+
+    monkeypatch.setattr(autoencoder, "save", killed)
+    with pytest.raises(KeyboardInterrupt, match=r"autoencoder\.safetensors"):
+        train(tiny_dataset, tmp_path, stage="finish", overrides=quick, start=calibrated)
+    monkeypatch.undo()
+    assert not (tmp_path / FILE).exists()
+    run = train(tiny_dataset, tmp_path, stage="finish", overrides=quick)
+    assert not (run / FILE).exists()
+    assert {"finish", "prior"} < {*Run(run).state["stages"]} == {"autoencoder", "prior", "finish"}
 
 
 def test_it_needs_an_autoencoder_and_spatial_latents(tiny_dataset, tiny_settings, tmp_path):

@@ -32,12 +32,12 @@ from torch import Tensor
 
 from ctvae.checkpoint import load, save
 from ctvae.errors import ModelError
-from ctvae.models.tone import KNOTS, RANGE, counts
+from ctvae.models.tone import KNOTS, about, counts, matched
 
 FILE = "calibration.safetensors"
 EMPTY = -0.95  # the highest value of air
 AROUND = 2  # voxels about one of empty air that are air too
-BODY = -0.5
+BODY = -0.5  # what is no air
 REACH = 4  # voxels from empty air to the other side of a rim: AROUND outside, as many inside
 BORDER = 3  # voxels from open lung to the tissue about it
 MOST_SIGMA, MOST_GAIN = 1.0, 1.0
@@ -86,7 +86,7 @@ class Calibration:
             low, high = (float(value) for value in meta["soft"])
             curves = {name: tensors[name].float() for name in CURVES}
             numbers = {name: float(meta[name]) for name in ("sigma", "gain")}
-            wrong = any(values.shape != (KNOTS,) for values in curves.values()) or not low < high
+            wrong = any(values.shape != (KNOTS,) or not values.isfinite().all() for values in curves.values()) or not low < high
             if wrong or not all(math.isfinite(value) and 0 <= value <= 10 for value in numbers.values()):
                 raise ValueError("its numbers make no sense")
         except (KeyError, TypeError, ValueError) as error:
@@ -107,11 +107,11 @@ class Places:
     def of(cls, x: Tensor, soft: Window) -> Places:
         """Of a volume [1 1 D H W]."""
         empty = highest(x, AROUND) < EMPTY
-        rim = _near(empty, REACH) & ~empty
+        rim = highest(empty, REACH) & ~empty
         inside = ~(empty | rim)
         open_ = inside & (highest(x, AROUND) < soft[0])
         dark = inside & (x < soft[0])
-        lung = dark & _near(open_, BORDER)
+        lung = dark & highest(open_, BORDER)
         return cls(empty, rim, lung, dark & ~lung)
 
 
@@ -128,34 +128,26 @@ class Example:
 
 def fit(examples: Sequence[Example], soft: Window) -> Calibration:
     """The calibration with which reconstructions have what scans have: HU by place, smooth outlines, power of fine detail."""
-
-    def matched(decoded: Callable[[Example], Tensor], place: str) -> Tensor:
-        return _matched([(decoded(e)[where], e.real[where]) for e in examples for where in (getattr(e.places, place),)])
-
-    lung, cavity = (matched(lambda e: e.raw, place) for place in ("lung", "cavity"))
-    made = replace(Calibration.nothing(soft), lung=lung, cavity=cavity)
+    made = replace(
+        Calibration.nothing(soft),
+        lung=_curve((e.raw, e.real, e.places.lung) for e in examples),
+        cavity=_curve((e.raw, e.real, e.places.cavity) for e in examples),
+    )
 
     def smoother(sigma: float) -> Calibration:
-        return replace(made, rim=matched(lambda e: smoothed(e.raw, sigma, soft), "rim"), sigma=sigma)
+        rim = _curve((smoothed(e.raw, sigma, soft), e.real, e.places.rim) for e in examples)
+        return replace(made, rim=rim, sigma=sigma)
 
     rims = _mean_step([(e.real, e.real_places.rim & body(e.real)) for e in examples], soft)
     made = smoother(_least(lambda sigma: _mean_step(_seen(examples, smoother(sigma)), soft) > rims, MOST_SIGMA))
-
-    def livelier(gain: float) -> Calibration:
-        return replace(made, gain=gain)
-
     fine = _power(((e.real, body(e.real)) for e in examples), soft)
-    return livelier(_least(lambda gain: _power(_seen(examples, livelier(gain), True), soft) < fine, MOST_GAIN))
+    gain = _least(lambda gain: _power(_seen(examples, replace(made, gain=gain), True), soft) < fine, MOST_GAIN)
+    return replace(made, gain=gain)
 
 
 def body(x: Tensor) -> Tensor:
     """Where x [1 1 D H W] is no air, holes that two voxels fill included: bool [1 1 D H W]."""
     return ~highest(~highest(x > BODY, 1), 1)
-
-
-def _near(where: Tensor, reach: int) -> Tensor:
-    """Within `reach` voxels of `where`: bool [1 1 D H W]."""
-    return highest(where, reach)
 
 
 @torch.no_grad()
@@ -188,9 +180,8 @@ def detail(x: Tensor, soft: Window) -> Tensor:
 
 def curve(x: Tensor, values: Tensor) -> Tensor:
     """`values` [K] at knots from -1 to 1, between them by straight lines; beyond, those of the ends: like x."""
-    place = (x.clamp(-1, 1) + 1) * ((KNOTS - 1) / 2)
-    below, values = place.long().clamp(max=KNOTS - 2), values.to(x)
-    return torch.lerp(values[below], values[below + 1], place - below)
+    (below, share), values = about(x), values.to(x)
+    return torch.lerp(values[below], values[below + 1], share)
 
 
 def _blurred(x: Tensor, sigma: float) -> Tensor:
@@ -207,15 +198,11 @@ def _blurred(x: Tensor, sigma: float) -> Tensor:
     return x
 
 
-def _matched(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The monotone map of decoded values to real ones, from pairs of both [n]: its values at the knots, [K]."""
-    decoded, real = torch.zeros(RANGE, dtype=torch.long), torch.zeros(RANGE, dtype=torch.long)
-    for a, b in pairs:
-        decoded, real = decoded + counts(a), real + counts(b)
-    reached, wanted = (side.double().cumsum(0) / side.sum().clamp_min(1) for side in (decoded, real))
-    place = torch.linspace(0, RANGE - 1, KNOTS).round().long()
-    there = torch.searchsorted(wanted, reached[place].clamp(max=1 - 1e-9)).clamp(max=RANGE - 1)
-    return there.float() / (RANGE - 1) * 2 - 1
+def _curve(places: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """From decoded values to real ones, of volumes of both and where in them: the values at the knots, [K]."""
+    sides = [torch.stack((counts(decoded[where]), counts(real[where]))) for decoded, real, where in places]
+    decoded, real = torch.stack(sides).sum(0)
+    return matched(decoded, real).float()
 
 
 def _seen(examples: Sequence[Example], calibration: Calibration, anywhere: bool = False) -> Iterator[tuple[Tensor, Tensor]]:

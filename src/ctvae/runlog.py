@@ -111,6 +111,10 @@ class Run:
     def finish_stage(self, stage: str, **figures: Any) -> None:
         self.note(stages={**self.state["stages"], stage: figures})
 
+    def forget_stage(self, stage: str) -> None:
+        """As if it had not been done."""
+        self.note(stages={name: figures for name, figures in self.state["stages"].items() if name != stage})
+
     def checkpoints(self, name: str) -> Checkpoints:
         return Checkpoints(self.folder / "checkpoints", name)
 

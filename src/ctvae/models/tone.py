@@ -40,15 +40,19 @@ class Tone(nn.Module):
 
         Where the map is steeper than STEEPEST, as at a jump, there is a ramp about the jump's middle instead.
         """
-        reached, wanted = (side.double().cumsum(0) / side.sum().clamp_min(1) for side in (decoded, real))
-        knots = torch.linspace(-1, 1, KNOTS, dtype=torch.float64)
-        place = torch.linspace(0, RANGE - 1, KNOTS).round().long()
-        there = torch.searchsorted(wanted, reached[place].clamp(max=1 - 1e-9)).clamp(max=RANGE - 1)  # [K]
-        target = there.double() / (RANGE - 1) * 2 - 1
+        knots, target = torch.linspace(-1, 1, KNOTS, dtype=torch.float64), matched(decoded, real)
         target[0], target[-1] = -1.0, 1.0
         rise = STEEPEST * (knots + 1)
         target = gentle(target, STEEPEST * 2 / (KNOTS - 1)).minimum(rise - 1).maximum(1 - rise.flip(0))
         self.offset.copy_(STRENGTH * (target - knots))
+
+
+def matched(decoded: Tensor, real: Tensor) -> Tensor:
+    """The monotone map that takes one distribution to the other, counts in RANGE bins each: its values at the knots, [K]."""
+    reached, wanted = (side.double().cumsum(0) / side.sum().clamp_min(1) for side in (decoded, real))
+    place = torch.linspace(0, RANGE - 1, KNOTS).round().long()
+    there = torch.searchsorted(wanted, reached[place].clamp(max=1 - 1e-9)).clamp(max=RANGE - 1)
+    return there.double() / (RANGE - 1) * 2 - 1
 
 
 def gentle(values: Tensor, most: float) -> Tensor:
@@ -69,7 +73,7 @@ class _Curve(torch.autograd.Function):
         ctx.save_for_backward(y, offset)
         out = torch.empty_like(y, memory_format=torch.contiguous_format)
         for piece, into in zip(_pieces(y.reshape(-1)), _pieces(out.view(-1)), strict=True):
-            below, share = _place(piece)
+            below, share = about(piece)
             into.copy_(piece + torch.lerp(offset[below], offset[below + 1], share))
         return out
 
@@ -79,7 +83,7 @@ class _Curve(torch.autograd.Function):
         of_y, of_offset = torch.empty_like(y, memory_format=torch.contiguous_format), torch.zeros_like(offset)
         pieces = (_pieces(tensor) for tensor in (y.reshape(-1), grad.reshape(-1), of_y.view(-1)))
         for piece, of_piece, into in zip(*pieces, strict=True):
-            below, share = _place(piece)
+            below, share = about(piece)
             slope = (offset[below + 1] - offset[below]) * ((KNOTS - 1) / 2)
             into.copy_(of_piece * (1 + slope * (piece.abs() < 1)))
             of_offset.index_add_(0, below, of_piece * (1 - share)).index_add_(0, below + 1, of_piece * share)
@@ -90,7 +94,7 @@ def _pieces(flat: Tensor) -> tuple[Tensor, ...]:
     return flat.split(max(PIECE, math.ceil(len(flat) / MOST_PIECES)))
 
 
-def _place(y: Tensor) -> tuple[Tensor, Tensor]:
+def about(y: Tensor) -> tuple[Tensor, Tensor]:
     """The knot below each value and how far it is on the way to the next; NaN's share is NaN."""
     place = (y.clamp(-1, 1) + 1) * ((KNOTS - 1) / 2)
     below = place.nan_to_num(0.0).long().clamp_(0, KNOTS - 2)

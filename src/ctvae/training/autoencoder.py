@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ctvae import losses, pictures
+from ctvae.calibration import FILE as CALIBRATION
 from ctvae.checkpoint import EMA, load, save
 from ctvae.config import AutoencoderTraining, Config, Size3
 from ctvae.device import generator, make_fabric, place
@@ -180,6 +181,10 @@ def train_autoencoder(
 
 
 def save_autoencoder(run: Run, cfg: Config, network: nn.Module, shape: Size3, figures: dict) -> None:
+    """The run's new weights; of its calibration, which is of the decoder before, nothing is left by then."""
+    if is_first() and (run.folder / CALIBRATION).exists():
+        run.forget_stage("calibration")
+        (run.folder / CALIBRATION).unlink()
     meta = {"config": cfg.model_dump(mode="json"), "shape": shape, **figures}
     save(run.folder / "autoencoder.safetensors", network.state_dict(), meta)
 

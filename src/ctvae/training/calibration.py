@@ -31,12 +31,6 @@ def calibrate(run: Run, data: Dataset) -> None:
     run.finish_stage("calibration", groups=len(examples), sigma=round(calibration.sigma, 4), gain=round(calibration.gain, 4))
 
 
-def forget_calibration(run: Run) -> None:
-    """Of a decoder that is another one now."""
-    (run.folder / CALIBRATION).unlink(missing_ok=True)
-    run.note(stages={name: figures for name, figures in run.state["stages"].items() if name != "calibration"})
-
-
 def _examples(model: Model, data: Dataset, soft: Window) -> Iterator[Example]:
     model.calibration = None
     groups = data.groups("train")

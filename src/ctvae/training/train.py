@@ -23,7 +23,7 @@ from ctvae.models import build
 from ctvae.ranks import Ranks, joined
 from ctvae.runlog import Run
 from ctvae.training.autoencoder import train_autoencoder
-from ctvae.training.calibration import calibrate, forget_calibration
+from ctvae.training.calibration import calibrate
 from ctvae.training.encoding import encode_groups
 from ctvae.training.finish import finish_decoder
 from ctvae.training.groups import TrainingGroups
@@ -35,7 +35,6 @@ from ctvae.training.prior import train_prior
 from ctvae.training.settings import HOURS_KEYS, Asked, Settled, chosen, refuse_uneven, settle, smaller, with_hours
 from ctvae.training.start import begin, started, take_autoencoder
 
-DECODER_STAGES = ("autoencoder", "polish", "finish")
 CONDITIONS_FILE = "conditions.json"  # in the run folder: a user's columns by group
 
 
@@ -137,8 +136,6 @@ class _Stages:
     def _once(self, stage: str, train: Callable[[Config], None]) -> None:
         if not self.ranks.told(lambda: self.run.stage_done(stage)):
             repeated_smaller(train, self.settled.cfg, partial(self._smaller, stage))
-            if stage in DECODER_STAGES and self.ranks.first:
-                forget_calibration(self.run)
         self.ranks.barrier()
 
     def _autoencoder(self, cfg: Config) -> None:
