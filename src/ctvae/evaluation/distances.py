@@ -15,10 +15,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
-from sklearn.covariance import ledoit_wolf
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedGroupKFold
 
 NEIGHBOURS = 5
 FOLDS = 5
@@ -38,6 +34,8 @@ def standardise(x: Array, reference: Array) -> Array:
 
 def frechet(x: Array, y: Array) -> float:
     """Squared Frechet distance between Gaussians fitted to x [n F] and y [m F]."""
+    from sklearn.covariance import ledoit_wolf  # a second of processor time, which drawing and planning do not need
+
     return frechet_gaussians(x.mean(axis=0), ledoit_wolf(x)[0], y.mean(axis=0), ledoit_wolf(y)[0])
 
 
@@ -78,6 +76,10 @@ def classifier_auc(x: Array, y: Array, patients: NDArray | None = None, seed: in
 
     `patients` [n + m] keeps one patient's scans in one fold; without it each scan is its own.
     """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold
+
     features = np.concatenate([x, y])
     label = np.repeat([1, 0], [len(x), len(y)])
     groups = np.arange(len(label)) if patients is None else patients
