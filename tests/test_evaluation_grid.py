@@ -7,7 +7,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from ctvae.evaluation import features, summary
-from ctvae.evaluation.grid import AIR_HU, Grid, body_mask, middle_of
+from ctvae.evaluation.grid import AIR_HU, Grid, about_body, body_mask, middle_of
 from ctvae.volume import Volume, plain_affine
 
 SPACING = (2.0, 2.0, 3.0)
@@ -168,3 +168,32 @@ def test_a_summary_is_kept_and_read_back(tmp_path):
     summary.summarise(scan, grid(box_mm=(30.0, 30.0, 30.0)), tmp_path)  # another grid is another summary
     assert len(list(tmp_path.iterdir())) == 2
     assert summary.digest(volume(scan.hu + 1)) != first.digest
+
+
+@pytest.mark.parametrize("pads", [((0, 0), (9, 12), (5, 0)), ((0, 0), (0, 0), (0, 41)), ((0, 0), (-3, 2), (7, -4))])
+def test_no_measure_depends_on_how_wide_a_scan_was_cut_or_padded(pads):
+    """Padding training scans with air alone once took the learned features' AUC from 0.44 to 0.81."""
+    rng = np.random.default_rng(5)
+    hu = np.full((24, 48, 64), -1000.0)
+    hu[:, 10:38, 12:50] = gaussian_filter(rng.normal(0, 400, (24, 28, 38)), 1.0) + 30
+    wider = hu
+    for axis, pair in enumerate(pads):
+        wider = wider.take(range(max(0, -pair[0]), wider.shape[axis] + min(0, pair[1])), axis)
+    wider = np.pad(wider, [(max(0, a), max(0, b)) for a, b in pads], constant_values=-1000)
+    assert wider.shape != hu.shape
+    one, other = (summary.summarise(volume(np.rint(x).astype(np.int16)), grid()) for x in (hu, wider))
+    for name in ("histogram", "tissue", "step_hu", "noise", "noise_hu", "spectrum", "texture", "layout", "learned", "cells"):
+        np.testing.assert_allclose(getattr(other, name), getattr(one, name), rtol=1e-6, atol=1e-7, err_msg=name)
+    assert np.isfinite(one.noise_hu)
+
+
+def test_the_frame_is_the_body_with_four_voxels_about_it():
+    hu = np.full((6, 40, 50), -1024.0)
+    hu[:, 2:30, 20:50] = 40.0  # nearer than that to one end, cut by the other
+    hu[:, 35:38, 3:6] = 40.0  # something beside it
+    framed = about_body(hu)
+    assert framed.shape == (6, 28 + 8, 30 + 8)
+    np.testing.assert_array_equal(framed[:, 2:36, :34], hu[:, 0:34, 16:50])
+    assert (framed[:, :2] == AIR_HU).all()
+    assert (framed[:, :, 34:] == AIR_HU).all()
+    np.testing.assert_array_equal(about_body(np.full((3, 20, 20), -1000.0)), np.full((3, 28, 28), -1000.0))  # no body: all of it

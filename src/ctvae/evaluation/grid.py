@@ -14,6 +14,7 @@ from scipy import ndimage
 
 AIR_HU = -1000.0
 BODY_HU = -500.0
+MARGIN = 4  # voxels about a body in plane, as `prepare --crop-body` leaves
 Triple = tuple[float, float, float]
 Array = NDArray[np.floating]
 
@@ -78,6 +79,21 @@ def body_mask(hu: Array) -> NDArray[np.bool_]:
     sizes[0] = 0
     largest = labels == sizes.argmax()
     return np.stack([ndimage.binary_fill_holes(piece) for piece in largest])
+
+
+def about_body(hu: Array) -> Array:
+    """The scan [D H W] in plane no larger than its body and MARGIN: what is further out is left out, what is missing is air.
+
+    So it makes no difference how wide a scan was cut or padded. Without it, scans cut to the body and the same ones padded to
+    one width were told apart: in the wider, a mean over slices has less power, and borders of convolutions lie elsewhere.
+    """
+    seen = body_mask(hu).any(axis=0)
+    rows, columns = (np.flatnonzero(seen.any(axis=axis)) for axis in (1, 0))
+    first = [places[0] - MARGIN for places in (rows, columns)]
+    stop = [places[-1] + 1 + MARGIN for places in (rows, columns)]
+    missing = [(max(0, -a), max(0, b - size)) for a, b, size in zip(first, stop, hu.shape[1:], strict=True)]
+    part = hu[:, max(0, first[0]) : stop[0], max(0, first[1]) : stop[1]]
+    return np.pad(part, [(0, 0), *missing], constant_values=AIR_HU)
 
 
 def middle_of(mask: NDArray[np.bool_]) -> Triple:

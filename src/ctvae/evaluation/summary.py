@@ -19,12 +19,12 @@ from safetensors.numpy import load_file
 
 from ctvae.checkpoint import write
 from ctvae.evaluation.features import FULL_HU, SOFT_HU, layout, texture, tissue_fractions
-from ctvae.evaluation.grid import Grid, Triple, body_mask, middle_of
+from ctvae.evaluation.grid import Grid, Triple, about_body, body_mask, middle_of
 from ctvae.evaluation.medicalnet import MedicalNet
 from ctvae.evaluation.network import learned, weights_digest
 from ctvae.volume import Volume
 
-VERSION = 3  # of what is measured: older files in a cache are not read
+VERSION = 4  # of what is measured: older files in a cache are not read
 HISTOGRAM_EDGES_HU = np.arange(-1000, 1501, 10)
 CELLS = (24, 48, 48)
 PATCH = 8
@@ -129,7 +129,7 @@ def soft_patches(hu: Array) -> Array:
 
 
 def _measure(volume: Volume, grid: Grid, name: str, medicalnet: MedicalNet | None) -> Summary:
-    hu, spacing_mm = volume.hu.astype(np.float32), volume.spacing_mm
+    hu, spacing_mm = about_body(volume.hu.astype(np.float32)), volume.spacing_mm
     seen = learned(hu, spacing_mm)
     known = medicalnet.features(hu, spacing_mm) if medicalnet else np.empty(0)
     body = body_mask(hu)
