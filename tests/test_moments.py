@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ctvae.training import moments as moments_module
-from ctvae.training.moments import AIR, AIR_BINS, BINS, CELL, LAGS, LEVELS, LUNG_BINS, SMALL, SOFT_BINS, Moments, measured
+from ctvae.training.moments import AIR, AIR_BINS, BINS, CELL, LAGS, LEVELS, SMALL, SOFT_BINS, Moments, measured
 
 SOFT = (-0.2, 0.3)
 TISSUES = moments_module.TISSUES
@@ -25,8 +25,8 @@ def statistics(x: torch.Tensor, soft: tuple[float, float]) -> torch.Tensor:
 
 SHARES = slice(0, BINS - AIR_BINS)
 BANDS = slice(SHARES.stop, SHARES.stop + 7 * LEVELS)  # of all above the soft tissue window's lower end, and as many of it
-PLACES = slice(-(3 + 12 + 2 + LUNG_BINS - 1), None)
-CELLS = slice(PLACES.start - 2 * CELL**3, PLACES.start)  # the mean faint one, and that of tissue
+WITHIN = slice(-7, None)
+CELLS = slice(WITHIN.start - 2 * CELL**3, WITHIN.start)  # the mean faint one, and that of tissue
 BY_TISSUE = slice(CELLS.start - 3 * (len(TISSUES) - 1), CELLS.start)
 BY_CELL = slice(BY_TISSUE.start - 3 * CELL, BY_TISSUE.start)
 FAINT_BANDS = slice(BY_CELL.start - 14, BY_CELL.start)
@@ -86,7 +86,7 @@ def test_it_does_not_matter_how_much_of_a_patch_is_air():
     """Or a decoder whose patches have more air than real ones would be pulled to put something there."""
     x = patches(1, shape=(1, 1, 16, 16, 16))
     with_air = torch.cat((x, torch.full_like(x, -1.0)), dim=2)
-    found, expected = (statistics(patch, SOFT)[: PLACES.start] for patch in (with_air, x))  # air makes outlines
+    found, expected = (statistics(patch, SOFT)[: WITHIN.start] for patch in (with_air, x))  # air makes outlines
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -222,6 +222,49 @@ def test_means_come_to_agree_against_a_loss_that_pulls_the_other_way(pushed, mon
 
 
 def test_averages_over_processes_are_what_is_observed():
-    moments = Moments(SOFT, average=lambda values: values + 1)
+    other = measured(patches(2), SOFT)
+    moments = Moments(SOFT, average=lambda values: (values + other) / 2)
     moments(patches(0), patches(1))
-    torch.testing.assert_close(moments.real, statistics(patches(1), SOFT) + 1)
+    values, weight = measured(patches(1), SOFT) + other
+    torch.testing.assert_close(moments.real, torch.where(weight > 0, values / weight, 0.0))
+
+
+def test_what_few_patches_have_counts_as_much_as_what_all_have():
+    """Lungs in one patch of eight, too dark: the means are over those, and so they are as far off as if every patch had them."""
+    random = torch.Generator().manual_seed(0)
+
+    def lungs(level: float) -> torch.Tensor:
+        return level + 0.05 * torch.randn(1, 1, 8, 8, 8, generator=random)
+
+    often, seldom = Moments(SOFT), Moments(SOFT)
+    for step in range(160):
+        often(lungs(-0.8), lungs(-0.7))
+        tissue = 0.4 + 0.05 * torch.randn(2, 1, 8, 8, 8, generator=random)
+        seldom(*((lungs(-0.8), lungs(-0.7)) if step % 8 == 0 else tissue.chunk(2)))
+    assert seldom.seen[:, FAINT_BANDS.start].tolist() == [20, 20]
+    assert often.off()[CELLS][:CELL**3].std() > 0
+    for moments in (often, seldom):
+        exact = [measured(torch.cat([lungs(-0.7) for _ in range(50)]), SOFT)[0][FAINT_BANDS][:7] for _ in range(2)]
+        torch.testing.assert_close(moments.real[FAINT_BANDS][:7], sum(exact) / 2, rtol=0.1, atol=0)
+
+
+def test_within_is_what_is_neither_empty_nor_outline():
+    """Sharp edges in the whole range, against numpy; an outline made ragged changes nothing."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.full((1, 1, 24, 24, 24), -1.0)
+    x[..., 6:] = 0.1 + 0.3 * torch.randn(24, 24, 18, generator=random).clamp(-1, 1)
+    x[..., 14:18, 14:20] = -0.8  # a cavity, with no empty air in it
+    x[..., 14:18, 14:20] += 0.01 * torch.randn(4, 6, generator=random)
+    ragged = x.clone()
+    ragged[..., ::3, 6] = -0.9
+    found, expected = (statistics(each, SOFT)[WITHIN] for each in (ragged, x))
+    inner = x[0, 0, :, :, 8:].numpy()  # empty up to 3, rim up to 7
+    steps = [np.abs(a - b).mean() for axis in (0, 1, 2) for lag in (1, 2) for a, b in [_apart(inner, axis, lag)]]
+    np.testing.assert_allclose(expected[:6], steps, rtol=1e-5)
+    torch.testing.assert_close(found[:6], expected[:6])
+    assert expected[6] > 0
+
+
+def _apart(x: np.ndarray, axis: int, lag: int) -> tuple[np.ndarray, np.ndarray]:
+    x = np.moveaxis(x, axis, 0)
+    return x[lag:], x[:-lag]

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctvae import haar
-from ctvae.calibration import Places, body, detail, highest
+from ctvae.calibration import Places, detail
 
 BINS = 40
 SOFT_BINS = 41  # 10 HU each from -160 to 240 HU: fat and muscle are narrow peaks
@@ -46,7 +46,6 @@ RATE = 0.01  # of the multipliers, a step
 MOST_DUE = 3.0  # of a multiplier: with 20, 3,000 steps made outlines dissolve
 DECAY = 0.97
 FEWEST = 5  # batches that have what is compared, before it is
-LUNG_BINS = 21  # 100 HU each
 NEAR_LAGS = (1, 2)
 
 
@@ -86,7 +85,7 @@ class Moments(nn.Module):
     def _observe(self, fake: Tensor, real: Tensor) -> None:
         """Each is [2 K]: values and weights."""
         for side, (values, weight) in enumerate((fake, real)):
-            share = weight * (1 / (1 + self.seen[side])).clamp_min(1 - DECAY)
+            share = torch.maximum(weight / (weight + self.seen[side]).clamp_min(1e-6), weight * (1 - DECAY))
             each = values / weight.clamp_min(1e-6)
             for mean, value in ((self.real, each), (self.square, each.square())) if side else ((self.fake, each),):
                 mean.lerp_(value, share)
@@ -102,7 +101,7 @@ def measured(x: Tensor, soft: tuple[float, float]) -> Tensor:
     occur; mean |difference| of neighbours along D, H, W, both in it, in its widths, at LAGS, and of next neighbours with those
     above each of SMALL counted as that; size of the detail bands of two levels in faint cells; mean |difference| of neighbours
     by where in a cell they lie, and within cells of each of TISSUES; the mean faint cell and the mean cell of tissue, less their
-    own means: nothing in scans, and in what is decoded the lattice that a decoder leaves; and what `_by_place` says.
+    own means: nothing in scans, and in what is decoded the lattice that a decoder leaves; and what `_within` says.
     Empty air counts for nothing: how much of a patch is air is a matter of where it lies, and nothing is to be gained by ripples
     in it, or by holes in outlines, which would make up for sharp bones in bands of the whole range. Air in cells that are not
     empty does count, or lungs could leave the count by getting darker.
@@ -121,7 +120,7 @@ def measured(x: Tensor, soft: tuple[float, float]) -> Tensor:
         _over(_above(x, BINS, filled)[AIR_BINS:], filled), _bands(x.clamp_min(low), inside), _bands(window, inside),
         _over(_above(scaled, SOFT_BINS, inside)[1:], inside), _steps(x, low, high), _bands(x, _voxels(faint), 2),
         _steps_by_cell(scaled / 2, (x.detach() > low).float()), _steps_by_tissue(scaled / 2, mean), _mean_cell(x, faint),
-        _mean_cell(window, tissue), _by_place(x, scaled / 2, soft),
+        _mean_cell(window, tissue), _within(x, scaled / 2, soft),
     ], dim=1)  # fmt: skip
 
 
@@ -158,18 +157,14 @@ def _steps(x: Tensor, low: float, high: float) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def _by_place(x: Tensor, window: Tensor, soft: tuple[float, float]) -> Tensor:
-    """Of the places of `calibration.py`, of what is fine in them: mean |difference| of neighbours along D, H, W in outlines
-    (`window`, one unit wide), and at NEAR_LAGS, in the whole range, in all that is neither empty nor outline and in lungs, their
-    vessels included; how often values above each of LUNG_BINS occur in these; power of fine detail in outlines and elsewhere."""
+def _within(x: Tensor, window: Tensor, soft: tuple[float, float]) -> Tensor:
+    """Of all that is neither empty air nor outline (`calibration.py`): mean |difference| of neighbours along D, H, W at NEAR_LAGS
+    in the whole range, and the power of fine detail in the `window`, one unit wide."""
     places = Places.of(x.detach(), soft)
-    outline, within = places.rim & body(x.detach()), ~(places.empty | places.rim)
-    lung = highest(places.lung, 1) & within
-    found = [_difference(window, outline, axis, 1) for axis in (2, 3, 4)]
-    found += [_difference(x, where, axis, lag) for where in (within, lung) for axis in (2, 3, 4) for lag in NEAR_LAGS]
+    within = ~(places.empty | places.rim)
+    found = [_difference(x, within, axis, lag) for axis in (2, 3, 4) for lag in NEAR_LAGS]
     fine = detail(window, (-0.5, 0.5)).square()
-    found += [_over((fine * where).sum(), where.float()) for where in (outline, within)]
-    return torch.cat([*found, _over(_above(x, LUNG_BINS, lung.float())[1:], lung.float())], dim=1)
+    return torch.cat([*found, _over((fine * within).sum(), within.float())], dim=1)
 
 
 def _difference(x: Tensor, inside: Tensor, axis: int, lag: int) -> Tensor:
