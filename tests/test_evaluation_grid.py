@@ -143,8 +143,10 @@ def test_white_noise_has_a_flat_spectrum_and_blur_lowers_its_end():
 
 def test_noise_patches_are_homogeneous_soft_tissue():
     hu = np.full((4, 16, 16), -1000.0)
-    hu[:, :8, :8], hu[:, :8, 8:], hu[:, 8:, :8] = 50, 700, -100
+    hu[:, :8, :8], hu[:, :8, 8:], hu[:, 8:, :8] = 50, 700, -200
     assert len(summary.soft_patches(hu)) == 4
+    assert len(summary.soft_patches(np.full((4, 16, 16), 50.0))) == 4 * (2 + 1) ** 2
+    assert len(summary.soft_patches(np.full((4, 16, 16), -100.0))) == 0
     hu[:, 3, 3] = 260  # a calcification
     assert len(summary.soft_patches(hu)) == 0
 
