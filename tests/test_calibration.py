@@ -11,7 +11,21 @@ from scipy import ndimage
 from torch import Tensor
 
 from ctvae import model as model_module
-from ctvae.calibration import FILE, HALO, Calibration, Example, Places, body, curve, detail, fit, highest, smoothed
+from ctvae.calibration import (
+    FILE,
+    HALO,
+    LUNG_SIGMA,
+    Calibration,
+    Example,
+    Places,
+    body,
+    curve,
+    detail,
+    fit,
+    highest,
+    smoothed,
+    smoothed_within,
+)
 from ctvae.checkpoint import load, save
 from ctvae.config import load_config, load_recipe
 from ctvae.errors import ConfigError, ModelError
@@ -70,6 +84,19 @@ def test_smoothing_is_scipys_gaussian(sigma):
     wanted = ndimage.gaussian_filter(x[0, 0].double().numpy(), sigma, radius=2, mode="nearest")
     np.testing.assert_allclose(smoothed(x, sigma, SOFT)[0, 0], wanted, atol=1e-5)
     assert torch.equal(smoothed(x, 0.0, SOFT), x)
+
+
+def test_smoothing_within_a_place_is_a_normalised_convolution():
+    """Knutsson and Westin 1993: scipy's Gaussian of what lies within, over that of the place."""
+    x = noise(1)
+    where = noise(2) > 0.3
+    inside, values = where[0, 0].double().numpy(), x[0, 0].double().numpy()
+    around = {"sigma": 0.8, "radius": 2, "mode": "nearest"}
+    wanted = ndimage.gaussian_filter(values * inside, **around) / ndimage.gaussian_filter(inside, **around)
+    np.testing.assert_allclose(smoothed_within(x, where, 0.8)[where], wanted[inside > 0], atol=1e-5)
+    changed = torch.where(where, x, 9.0)
+    torch.testing.assert_close(smoothed_within(changed, where, 0.8)[where], smoothed_within(x, where, 0.8)[where])
+    assert torch.equal(smoothed_within(x, where, 0.0), x)
 
 
 def test_what_is_brighter_than_soft_tissue_is_not_smeared():
@@ -156,6 +183,23 @@ def test_lungs_and_airways_of_one_decoded_value_get_their_own():
     assert spread == pytest.approx(0.02, rel=0.2)
 
 
+def test_a_lattice_in_lungs_goes_and_their_spread_stays():
+    real = chest(-0.7, -0.95, seed=5)
+    grain = torch.from_numpy(ndimage.gaussian_filter(noise(7)[0, 0].numpy(), 2.0, mode="wrap"))[None, None]
+    real = torch.where(real < -0.5, real + 0.3 * grain, real)
+    checks = 0.06 * torch.tensor([1.0, -1.0]).repeat(SHAPE[2] // 2)
+    decoded = torch.where(real < -0.5, real + checks, real)
+    made = fit([Example(decoded, decoded, real, SOFT)], SOFT)(decoded, decoded)
+
+    def lattice(x: Tensor) -> float:
+        return (x[0, 0, 6:16, 6:16, 6:16] * checks[6:16].sign()).mean().abs().item()
+
+    assert lattice(decoded) == pytest.approx(0.06, abs=0.005)
+    assert lattice(made) < 0.02
+    spreads = [x[0, 0, 4:18, 4:18, 4:18].std().item() for x in (made, real)]
+    assert spreads[0] == pytest.approx(spreads[1], rel=0.1)
+
+
 def test_detail_that_is_too_weak_gets_the_power_that_it_has_in_scans():
     real = 0.05 + 0.02 * noise(9)
     decoded = 0.05 + 0.8 * (real - 0.05)
@@ -174,11 +218,20 @@ def test_a_file_gives_the_same(tmp_path):
     torch.testing.assert_close(Calibration.load(tmp_path / FILE)(example.raw, example.toned), made)
 
 
+def test_a_file_of_before_smooths_no_lungs(tmp_path):
+    fit([stippled(0)], SOFT).save(tmp_path / FILE)
+    tensors, told = load(tmp_path / FILE)
+    assert told["lung_sigma"] == LUNG_SIGMA
+    save(tmp_path / FILE, tensors, {name: value for name, value in told.items() if name != "lung_sigma"})
+    assert Calibration.load(tmp_path / FILE).lung_sigma == 0
+
+
 @pytest.mark.parametrize(
     ("curves", "meta"),
     [
         ({"rim": torch.zeros(3)}, {}), ({"lung": torch.full((KNOTS,), torch.nan)}, {}), ({}, {"sigma": -1.0}),
         ({}, {"gain": "much"}), ({}, {"soft": [0.2, -0.1]}), ({}, {"soft": None}),
+        ({}, {"lung_sigma": "wide"}),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line(tmp_path, curves, meta):
@@ -198,7 +251,7 @@ def test_what_lies_beyond_the_halo_does_not_matter(seed):
     where = Places.of(x, SOFT)
     assert all(place.any() for place in (where.empty, where.rim, where.lung, where.cavity))
     knots = torch.linspace(-1, 1, KNOTS)
-    calibration = Calibration(knots - 0.1, 0.8 * knots, 0.5 * knots, 0.6, 0.5, SOFT)
+    calibration = Calibration(knots - 0.1, 0.8 * knots, 0.5 * knots, 0.6, 0.5, SOFT, lung_sigma=0.8)
     one = (1, 1, 1)
     pieces = tiled(lambda part: calibration(part, part), x, factor_in=one, factor_out=one, tile=(3, 24, 24), halo=(HALO, 0, 0))
     torch.testing.assert_close(pieces, calibration(x, x), atol=1e-6, rtol=0)

@@ -7,7 +7,8 @@ places, by what is around each voxel:
 * empty: nothing but air within two voxels; left to the decoder;
 * rim: within four voxels of that. Decoded values are smoothed by a Gaussian of `sigma` voxels, then pass a curve that is as steep
   as outlines of scans are: what came out as dots becomes a line;
-* lung: darker than soft tissue, and within three voxels of where all is so that lies within two voxels; has a curve of its own;
+* lung: darker than soft tissue, and within three voxels of where all is so that lies within two voxels. Smoothed among
+  themselves, which takes the lattice of a decoder that was trained least there, then under a curve of its own;
 * cavity: darker than soft tissue and none of these, such as airways; has a curve too.
 
 Then, in all but empty air, what a Gaussian takes away of soft tissue and its edges grows by `gain`: decoders blur.
@@ -41,10 +42,12 @@ BODY = -0.5  # what is no air
 REACH = 4  # voxels from empty air to the other side of a rim: AROUND outside, as many inside
 BORDER = 3  # voxels from open lung to the tissue about it
 MOST_SIGMA, MOST_GAIN = 1.0, 1.0
+LUNG_SIGMA = 0.8  # voxels: a lattice of two to four is gone, and what is left of lungs is as wide in HU as in scans
 FINE_SIGMA = 0.6  # voxels: fine detail is what this takes away
 HALVINGS = 6  # of the range in which sigma and gain are looked for
 CURVES = ("rim", "lung", "cavity")
-HALO = AROUND + REACH + BORDER + 2  # voxels that a voxel can depend on, along each axis; 2 of them are smoothing's
+BLUR = 2  # voxels that a Gaussian reaches
+HALO = AROUND + REACH + BORDER + 2 * BLUR  # voxels that a voxel can depend on, along each axis: lungs' smoothing, then detail
 Window = tuple[float, float]
 
 
@@ -56,6 +59,7 @@ class Calibration:
     sigma: float  # voxels
     gain: float
     soft: Window  # the soft tissue window in -1..1
+    lung_sigma: float = 0.0  # voxels; calibrations of before smooth no lungs
 
     def __call__(self, raw: Tensor, toned: Tensor) -> Tensor:
         """What a decoder made, before and after its own curve, as it is to be: [B 1 D H W] each."""
@@ -64,7 +68,7 @@ class Calibration:
     def applied(self, raw: Tensor, toned: Tensor, where: Places) -> Tensor:
         """The same where the places are known."""
         out = torch.where(where.rim, curve(smoothed(raw, self.sigma, self.soft), self.rim), toned)
-        out = torch.where(where.lung, curve(raw, self.lung), out)
+        out = torch.where(where.lung, curve(smoothed_within(raw, where.lung, self.lung_sigma), self.lung), out)
         out = torch.where(where.cavity, curve(raw, self.cavity), out)
         return torch.where(where.empty, out, out + self.gain * detail(out, self.soft))
 
@@ -75,7 +79,7 @@ class Calibration:
         return cls(same, same, same, 0.0, 0.0, soft)
 
     def save(self, path: Path) -> None:
-        numbers = {"sigma": self.sigma, "gain": self.gain, "soft": list(self.soft)}
+        numbers = {"sigma": self.sigma, "gain": self.gain, "soft": list(self.soft), "lung_sigma": self.lung_sigma}
         save(path, {name: getattr(self, name) for name in CURVES}, numbers)
 
     @classmethod
@@ -86,6 +90,7 @@ class Calibration:
             low, high = (float(value) for value in meta["soft"])
             curves = {name: tensors[name].float() for name in CURVES}
             numbers = {name: float(meta[name]) for name in ("sigma", "gain")}
+            numbers["lung_sigma"] = float(meta.get("lung_sigma", 0.0))
             wrong = any(values.shape != (KNOTS,) or not values.isfinite().all() for values in curves.values()) or not low < high
             if wrong or not all(math.isfinite(value) and 0 <= value <= 10 for value in numbers.values()):
                 raise ValueError("its numbers make no sense")
@@ -130,7 +135,8 @@ def fit(examples: Sequence[Example], soft: Window) -> Calibration:
     """The calibration with which reconstructions have what scans have: HU by place, smooth outlines, power of fine detail."""
     made = replace(
         Calibration.nothing(soft),
-        lung=_curve((e.raw, e.real, e.places.lung) for e in examples),
+        lung=_curve((smoothed_within(e.raw, e.places.lung, LUNG_SIGMA), e.real, e.places.lung) for e in examples),
+        lung_sigma=LUNG_SIGMA,
         cavity=_curve((e.raw, e.real, e.places.cavity) for e in examples),
     )
 
@@ -172,6 +178,12 @@ def smoothed(x: Tensor, sigma: float, soft: Window) -> Tensor:
     return x + _blurred(dark, sigma) - dark
 
 
+def smoothed_within(x: Tensor, where: Tensor, sigma: float) -> Tensor:
+    """x [1 1 D H W] under a Gaussian of `sigma` voxels that sees nothing but what lies in a place; means nothing outside."""
+    weight = where.to(x.dtype)
+    return _blurred(x * weight, sigma) / _blurred(weight, sigma).clamp_min(1e-6) if sigma > 0 else x
+
+
 def detail(x: Tensor, soft: Window) -> Tensor:
     """What a Gaussian takes away of x [B 1 D H W] in the soft tissue window."""
     window = x.clamp(*soft)
@@ -185,15 +197,15 @@ def curve(x: Tensor, values: Tensor) -> Tensor:
 
 
 def _blurred(x: Tensor, sigma: float) -> Tensor:
-    """By neighbours within two voxels; at the volume's ends the last voxel goes on. [1 1 D H W]"""
+    """By neighbours within BLUR voxels; at the volume's ends the last voxel goes on. [1 1 D H W]"""
     if sigma <= 0:
         return x
-    weight = torch.exp(-0.5 * (torch.arange(-2, 3, dtype=x.dtype, device=x.device) / sigma) ** 2)
+    weight = torch.exp(-0.5 * (torch.arange(-BLUR, BLUR + 1, dtype=x.dtype, device=x.device) / sigma) ** 2)
     weight = weight / weight.sum()
     for axis in range(3):
         size, margin = [1, 1, 1], [0] * 6
         size[axis] = len(weight)
-        margin[4 - 2 * axis] = margin[5 - 2 * axis] = 2
+        margin[4 - 2 * axis] = margin[5 - 2 * axis] = BLUR
         x = F.conv3d(F.pad(x, margin, mode="replicate"), weight.view(1, 1, *size))
     return x
 
