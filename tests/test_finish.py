@@ -84,6 +84,28 @@ def test_a_resumed_finish_is_bit_equal(finished, tiny_dataset, tiny_run, tmp_pat
     assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(run).items())
 
 
+def test_what_is_kept_lies_between_both(finished, tiny_dataset, tiny_run, tmp_path, monkeypatch):
+    """A quarter of the way from the end back to the beginning, weight by weight, interrupted; its figures are of that."""
+    plain, calls = finish.validate, []
+
+    def stopping(*arguments):
+        calls.append({name: value.clone() for name, value in arguments[0].decoder.state_dict().items()})
+        if len(calls) == 2:
+            raise Stopped
+        return plain(*arguments)
+
+    monkeypatch.setattr(finish, "validate", stopping)
+    kept = [*FINISH, "finish.kept=0.25"]
+    with pytest.raises(Stopped):
+        train(tiny_dataset, tmp_path / "run", stage="finish", overrides=kept, start=tiny_run)
+    run = train(tiny_dataset, tmp_path / "run", stage="finish", overrides=kept)
+    before, after, mixed = weights(tiny_run), weights(finished), weights(run)
+    assert any(not torch.equal(value, after[name]) for name, value in mixed.items())
+    for name, value in mixed.items():
+        torch.testing.assert_close(value, 0.25 * before[name] + 0.75 * after[name], atol=1e-6, rtol=1e-5)
+    assert all(torch.equal(value, mixed[f"decoder.{name}"]) for name, value in calls[-1].items())
+
+
 def test_it_has_the_same_bits_on_algorithms_that_are_deterministic(finished, tiny_dataset, tiny_run, tmp_path):
     run = train(tiny_dataset, tmp_path / "run", stage="finish", overrides=[*FINISH, "deterministic=true"], start=tiny_run)
     assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(run).items())

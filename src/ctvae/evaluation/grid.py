@@ -87,8 +87,8 @@ def about_body(hu: Array) -> Array:
     So it makes no difference how wide a scan was cut or padded. Without it, scans cut to the body and the same ones padded to
     one width were told apart: in the wider, a mean over slices has less power, and borders of convolutions lie elsewhere.
     """
-    seen = body_mask(hu).any(axis=0)
-    rows, columns = (np.flatnonzero(seen.any(axis=axis)) for axis in (1, 0))
+    body = body_mask(hu)
+    rows, columns = (np.flatnonzero(body.any(axis=others)) for others in ((0, 2), (0, 1)))
     first = [places[0] - MARGIN for places in (rows, columns)]
     stop = [places[-1] + 1 + MARGIN for places in (rows, columns)]
     missing = [(max(0, -a), max(0, b - size)) for a, b, size in zip(first, stop, hu.shape[1:], strict=True)]

@@ -6,6 +6,9 @@ that the flow drew, of which no original exists. The former are held to their or
 real patches by a patch discriminator and by the means of simple statistics (`moments.py`). Of drawn patches, what is coarser than
 texture is held to what the decoder made of them before the stage, or it would learn to put tissue into air.
 
+In the end `finish.kept` of the weights before the stage may be mixed in (Wortsman et al. 2022, robust fine-tuning by weights
+between both): what is gained is along the way, what a long game against statistics leaves behind lies at its end.
+
 Shapes:  B batch   D H W voxels   Z latent channels   d h w latent voxels
 """
 
@@ -111,6 +114,13 @@ def coarse_difference(a: Tensor, b: Tensor) -> Tensor:
     return (F.avg_pool3d(a.clamp(-1, 1), kernel) - F.avg_pool3d(b.clamp(-1, 1), kernel)).abs().mean()
 
 
+@torch.no_grad()
+def mix(network: nn.Module, other: dict[str, Tensor], share: float) -> None:
+    """`share` of another state of the same network into this one, number by number."""
+    for name, value in network.state_dict().items():
+        value.lerp_(other[name].to(value), share)
+
+
 def finish_decoder(
     run: Run, cfg: Config, training: TrainingGroups, validation: TrainingGroups, ranks: Ranks = ALONE
 ) -> None:
@@ -133,6 +143,7 @@ def finish_decoder(
     objective = FinishObjective(network, pair, cfg, ranks, perceptual_term(settings.perceptual), calibration)  # keeps the decoder
     place(objective.before, fabric.device)
     fit_tone(network, training, settings.latent_noise, cfg.seed, ranks)
+    origin = {name: value.clone() for name, value in network.decoder.state_dict().items()} if settings.kept else {}
     ema = EMA(pair, settings.ema_decay)
     optimizer = build_player(network.decoder, settings)
     judge = build_judge(pair.discriminator, settings)
@@ -210,6 +221,9 @@ def finish_decoder(
     if not ranks.first:
         return
     pair.load_state_dict(ema.weights)
+    if settings.kept:
+        mix(network.decoder, origin, settings.kept)
+        held_out = validate(network, validation, run, cfg, "finish")
     figures = {f"finished_{name}": round(value, 3) for name, value in held_out._asdict().items()}
     save_autoencoder(run, cfg, network, training.shape, {**noted, "finish_steps": step, **figures})
     run.finish_stage("finish", steps=step, seconds=round(clock.seconds), skipped_steps=tally.skipped, **figures)
