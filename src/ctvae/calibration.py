@@ -7,8 +7,9 @@ places, by what is around each voxel:
 * empty: nothing but air within two voxels; left to the decoder;
 * rim: within four voxels of that. Decoded values are smoothed by a Gaussian of `sigma` voxels, then pass a curve that is as steep
   as outlines of scans are: what came out as dots becomes a line;
-* lung: darker than soft tissue, and within three voxels of where all is so that lies within two voxels. Smoothed among
-  themselves, which takes the lattice of a decoder that was trained least there, then under a curve of its own;
+* lung: darker than soft tissue, and within three voxels of where all is so that lies within two voxels. Where neighbours
+  differ by a tenth more than in scans, by the lattice of a decoder that was trained least there, they are smoothed among
+  themselves; then they pass a curve of their own;
 * cavity: darker than soft tissue and none of these, such as airways; has a curve too.
 
 Then, in all but empty air, what a Gaussian takes away of soft tissue and its edges grows by `gain`: decoders blur.
@@ -43,6 +44,7 @@ REACH = 4  # voxels from empty air to the other side of a rim: AROUND outside, a
 BORDER = 3  # voxels from open lung to the tissue about it
 MOST_SIGMA, MOST_GAIN = 1.0, 1.0
 LUNG_SIGMA = 0.8  # voxels: a lattice of two to four is gone, and what is left of lungs is as wide in HU as in scans
+ROUGHER = 1.1  # times as much as in scans neighbours in lungs differ where they are smoothed
 FINE_SIGMA = 0.6  # voxels: fine detail is what this takes away
 HALVINGS = 6  # of the range in which sigma and gain are looked for
 CURVES = ("rim", "lung", "cavity")
@@ -133,12 +135,7 @@ class Example:
 
 def fit(examples: Sequence[Example], soft: Window) -> Calibration:
     """The calibration with which reconstructions have what scans have: HU by place, smooth outlines, power of fine detail."""
-    made = replace(
-        Calibration.nothing(soft),
-        lung=_curve((smoothed_within(e.raw, e.places.lung, LUNG_SIGMA), e.real, e.places.lung) for e in examples),
-        lung_sigma=LUNG_SIGMA,
-        cavity=_curve((e.raw, e.real, e.places.cavity) for e in examples),
-    )
+    made = replace(_lungs(examples, soft), cavity=_curve((e.raw, e.real, e.places.cavity) for e in examples))
 
     def smoother(sigma: float) -> Calibration:
         rim = _curve((smoothed(e.raw, sigma, soft), e.real, e.places.rim) for e in examples)
@@ -149,6 +146,18 @@ def fit(examples: Sequence[Example], soft: Window) -> Calibration:
     fine = _power(((e.real, body(e.real)) for e in examples), soft)
     gain = _least(lambda gain: _power(_seen(examples, replace(made, gain=gain), True), soft) < fine, MOST_GAIN)
     return replace(made, gain=gain)
+
+
+def _lungs(examples: Sequence[Example], soft: Window) -> Calibration:
+    """What nothing is done with but lungs. They are smoothed where they are rougher than those of scans."""
+
+    def made(sigma: float) -> Calibration:
+        values = _curve((smoothed_within(e.raw, e.places.lung, sigma), e.real, e.places.lung) for e in examples)
+        return replace(Calibration.nothing(soft), lung=values, lung_sigma=sigma)
+
+    plain, dark = made(0.0), (-1.0, soft[0])
+    rough = _mean_step(((e.under(plain), e.places.lung) for e in examples), dark)
+    return made(LUNG_SIGMA) if rough > ROUGHER * _mean_step(((e.real, e.real_places.lung) for e in examples), dark) else plain
 
 
 def body(x: Tensor) -> Tensor:
@@ -234,7 +243,7 @@ def _power(volumes: Iterable[tuple[Tensor, Tensor]], soft: Window) -> float:
 
 
 def _mean_step(volumes: Iterable[tuple[Tensor, Tensor]], soft: Window) -> float:
-    """Mean |difference| of neighbours in the soft tissue window along D, H and W, of pairs that are both in the given place."""
+    """Mean |difference| of neighbours in a window along D, H and W, of pairs that are both in the given place."""
     total, pairs = 0.0, 0
     for x, chosen in volumes:
         window = x.clamp(*soft)
