@@ -18,6 +18,7 @@ from ctvae.calibration import (
     Calibration,
     Example,
     Places,
+    between_slices,
     body,
     curve,
     detail,
@@ -211,6 +212,21 @@ def test_detail_that_is_too_weak_gets_the_power_that_it_has_in_scans():
     assert fit([Example(real, real, decoded, SOFT)], SOFT).gain == 0.0  # it is never smoothed
 
 
+def test_bone_that_is_blurred_from_slice_to_slice_gets_its_power_back():
+    real = (0.6 + 0.1 * noise(9)).clamp(0.3, 0.95)
+    decoded = torch.from_numpy(ndimage.gaussian_filter1d(real.numpy(), 0.4, axis=2, radius=2, mode="nearest"))
+    calibration = fit([Example(decoded, decoded, real, SOFT)], SOFT)
+    made = calibration(decoded, decoded)
+    power = [between_slices(x, SOFT).square().mean().item() for x in (decoded, made, real)]
+    assert power[0] < 0.8 * power[2]
+    assert power[1] == pytest.approx(power[2], rel=0.05)
+    assert (made - real).abs().mean() < 0.6 * (decoded - real).abs().mean()
+    assert fit([Example(real, real, real, SOFT)], SOFT).slice_gain == 0
+    wanted = real.clamp(SOFT[1], 1.0).double().numpy()
+    wanted = wanted - ndimage.gaussian_filter1d(wanted, 0.6, axis=2, radius=2, mode="nearest")
+    np.testing.assert_allclose(between_slices(real, SOFT), wanted, atol=1e-5)
+
+
 def test_a_file_gives_the_same(tmp_path):
     calibration = fit([stippled(0)], SOFT)
     calibration.save(tmp_path / FILE)
@@ -252,7 +268,7 @@ def test_what_lies_beyond_the_halo_does_not_matter(seed):
     where = Places.of(x, SOFT)
     assert all(place.any() for place in (where.empty, where.rim, where.lung, where.cavity))
     knots = torch.linspace(-1, 1, KNOTS)
-    calibration = Calibration(knots - 0.1, 0.8 * knots, 0.5 * knots, 0.6, 0.5, SOFT, lung_sigma=0.8)
+    calibration = Calibration(knots - 0.1, 0.8 * knots, 0.5 * knots, 0.6, 0.5, SOFT, lung_sigma=0.8, slice_gain=0.7)
     one = (1, 1, 1)
     pieces = tiled(lambda part: calibration(part, part), x, factor_in=one, factor_out=one, tile=(3, 24, 24), halo=(HALO, 0, 0))
     torch.testing.assert_close(pieces, calibration(x, x), atol=1e-6, rtol=0)

@@ -12,10 +12,11 @@ places, by what is around each voxel:
   themselves; then they pass a curve of their own;
 * cavity: darker than soft tissue and none of these, such as airways; has a curve too.
 
-Then, in all but empty air, what a Gaussian takes away of soft tissue and its edges grows by `gain`: decoders blur.
+Then, in all but empty air, what a Gaussian takes away of soft tissue and its edges grows by `gain`: decoders blur. And what one
+along D takes away of what is brighter, bone, by `slice_gain`: they blur that most, and from slice to slice.
 
 Curves are monotone maps of one distribution to another (histogram matching; Gonzalez and Woods 2018, section 3.3). `sigma` is the
-one with which neighbours in outlines differ as much as in scans, `gain` the one with which fine detail has as much power. All are
+one with which neighbours in outlines differ as much as in scans, the gains those with which detail has as much power. All are
 from reconstructions of training groups and their originals.
 
 Shapes:  D H W voxels in -1..1   K knots
@@ -48,9 +49,11 @@ ROUGHER = 1.1  # times as much as in scans neighbours in lungs differ where they
 FINE_SIGMA = 0.6  # voxels: fine detail is what this takes away
 HALVINGS = 6  # of the range in which sigma and gain are looked for
 CURVES = ("rim", "lung", "cavity")
+NEWER = ("lung_sigma", "slice_gain")  # numbers that files of before do not have
 BLUR = 2  # voxels that a Gaussian reaches
 HALO = AROUND + REACH + BORDER + 2 * BLUR  # voxels that a voxel can depend on, along each axis: lungs' smoothing, then detail
 Window = tuple[float, float]
+Detail = Callable[[Tensor, Window], Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Calibration:
     gain: float
     soft: Window  # the soft tissue window in -1..1
     lung_sigma: float = 0.0  # voxels; calibrations of before smooth no lungs
+    slice_gain: float = 0.0  # nor have they this
 
     def __call__(self, raw: Tensor, toned: Tensor) -> Tensor:
         """What a decoder made, before and after its own curve, as it is to be: [B 1 D H W] each."""
@@ -72,7 +76,8 @@ class Calibration:
         out = torch.where(where.rim, curve(smoothed(raw, self.sigma, self.soft), self.rim), toned)
         out = torch.where(where.lung, curve(smoothed_within(raw, where.lung, self.lung_sigma), self.lung), out)
         out = torch.where(where.cavity, curve(raw, self.cavity), out)
-        return torch.where(where.empty, out, out + self.gain * detail(out, self.soft))
+        finer = self.gain * detail(out, self.soft) + self.slice_gain * between_slices(out, self.soft)
+        return torch.where(where.empty, out, out + finer)
 
     @classmethod
     def nothing(cls, soft: Window) -> Calibration:
@@ -81,8 +86,8 @@ class Calibration:
         return cls(same, same, same, 0.0, 0.0, soft)
 
     def save(self, path: Path) -> None:
-        numbers = {"sigma": self.sigma, "gain": self.gain, "soft": list(self.soft), "lung_sigma": self.lung_sigma}
-        save(path, {name: getattr(self, name) for name in CURVES}, numbers)
+        numbers = {name: getattr(self, name) for name in ("sigma", "gain", *NEWER)}
+        save(path, {name: getattr(self, name) for name in CURVES}, {**numbers, "soft": list(self.soft)})
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -92,7 +97,7 @@ class Calibration:
             low, high = (float(value) for value in meta["soft"])
             curves = {name: tensors[name].float() for name in CURVES}
             numbers = {name: float(meta[name]) for name in ("sigma", "gain")}
-            numbers["lung_sigma"] = float(meta.get("lung_sigma", 0.0))
+            numbers |= {name: float(meta.get(name, 0.0)) for name in NEWER}
             wrong = any(values.shape != (KNOTS,) or not values.isfinite().all() for values in curves.values()) or not low < high
             if wrong or not all(math.isfinite(value) and 0 <= value <= 10 for value in numbers.values()):
                 raise ValueError("its numbers make no sense")
@@ -143,9 +148,19 @@ def fit(examples: Sequence[Example], soft: Window) -> Calibration:
 
     rims = _mean_step([(e.real, e.real_places.rim & body(e.real)) for e in examples], soft)
     made = smoother(_least(lambda sigma: _mean_step(_seen(examples, smoother(sigma)), soft) > rims, MOST_SIGMA))
-    fine = _power(((e.real, body(e.real)) for e in examples), soft)
-    gain = _least(lambda gain: _power(_seen(examples, replace(made, gain=gain), True), soft) < fine, MOST_GAIN)
-    return replace(made, gain=gain)
+    for name, of in (("gain", detail), ("slice_gain", between_slices)):
+        made = _with(made, name, _strong_enough(examples, made, name, of, soft))
+    return made
+
+
+def _with(calibration: Calibration, name: str, value: float) -> Calibration:
+    return replace(calibration, **{name: value})  # type: ignore[arg-type]
+
+
+def _strong_enough(examples: Sequence[Example], made: Calibration, name: str, of: Detail, soft: Window) -> float:
+    """The gain of that name with which a kind of detail has the power that it has in scans."""
+    fine = _power(((e.real, body(e.real)) for e in examples), of, soft)
+    return _least(lambda gain: _power(_seen(examples, _with(made, name, gain), True), of, soft) < fine, MOST_GAIN)
 
 
 def _lungs(examples: Sequence[Example], soft: Window) -> Calibration:
@@ -199,19 +214,25 @@ def detail(x: Tensor, soft: Window) -> Tensor:
     return window - _blurred(window, FINE_SIGMA)
 
 
+def between_slices(x: Tensor, soft: Window) -> Tensor:
+    """What a Gaussian along D takes away of what is brighter than soft tissue in x [B 1 D H W]."""
+    bright = x.clamp(soft[1], 1.0)
+    return bright - _blurred(bright, FINE_SIGMA, axes=(0,))
+
+
 def curve(x: Tensor, values: Tensor) -> Tensor:
     """`values` [K] at knots from -1 to 1, between them by straight lines; beyond, those of the ends: like x."""
     (below, share), values = about(x), values.to(x)
     return torch.lerp(values[below], values[below + 1], share)
 
 
-def _blurred(x: Tensor, sigma: float) -> Tensor:
+def _blurred(x: Tensor, sigma: float, axes: Sequence[int] = (0, 1, 2)) -> Tensor:
     """By neighbours within BLUR voxels; at the volume's ends the last voxel goes on. [1 1 D H W]"""
     if sigma <= 0:
         return x
     weight = torch.exp(-0.5 * (torch.arange(-BLUR, BLUR + 1, dtype=x.dtype, device=x.device) / sigma) ** 2)
     weight = weight / weight.sum()
-    for axis in range(3):
+    for axis in axes:
         size, margin = [1, 1, 1], [0] * 6
         size[axis] = len(weight)
         margin[4 - 2 * axis] = margin[5 - 2 * axis] = BLUR
@@ -233,11 +254,11 @@ def _seen(examples: Sequence[Example], calibration: Calibration, anywhere: bool 
         yield x, body(x) if anywhere else example.places.rim & body(x)
 
 
-def _power(volumes: Iterable[tuple[Tensor, Tensor]], soft: Window) -> float:
-    """Mean square of the fine detail in the given places."""
+def _power(volumes: Iterable[tuple[Tensor, Tensor]], of: Detail, soft: Window) -> float:
+    """Mean square of a kind of detail in the given places."""
     total, voxels = 0.0, 0
     for x, chosen in volumes:
-        total += float(detail(x, soft)[chosen].square().sum(dtype=torch.float64))
+        total += float(of(x, soft)[chosen].square().sum(dtype=torch.float64))
         voxels += int(chosen.sum())
     return total / max(1, voxels)
 
