@@ -115,8 +115,9 @@ def take_apart(dataset: Dataset, samples: int, out: Path, seed: int) -> tuple[li
     link = rest / "groups"
     if not link.exists():
         link.symlink_to((dataset.folder / "groups").resolve())
-    kept = [{**group.as_json(), "label_path": None} for group in groups if group.patient not in set(pool)]
-    content = {"format": 1, "settings": {}, "measured": {}, "scans": [], "rejected": [], "notes": [], "groups": kept}
+    told = json.loads((dataset.folder / "dataset.json").read_text())
+    kept = [{**entry, "label_path": None} for entry in told["groups"] if entry["patient"] not in set(pool)]
+    content = {**told, "scans": [], "rejected": [], "notes": [], "groups": kept}
     (rest / "dataset.json").write_text(json.dumps(content))
     return chosen, rest
 
