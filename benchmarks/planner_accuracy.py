@@ -107,7 +107,7 @@ def predicted_bytes(setting: Setting) -> int:
     if setting.what == "polish":
         return dry.polish(cfg, kernels)
     if setting.what == "prior":
-        return max(dry.prior(cfg, VALIDATION_GROUPS, kernels).values())
+        return max(dry.prior(cfg, VALIDATION_GROUPS, kernels).phases.values())
     use = {"encode": dry.encoding, "decode": dry.decoding}[setting.what]
     return use(cfg, dry.whole(cfg), cfg.data.tile, kernels)
 

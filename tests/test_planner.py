@@ -271,7 +271,7 @@ def test_the_prior_is_part_of_it():
     assert tight.fits
     assert tight.plan["prior_batch"] < full.plan["prior_batch"]
     assert tight.prior_peak_gb <= 0.9 * tight.memory_gb
-    exact = dry.prior(load_recipe("wavelet3d", tight.overrides), 0, Kernels("cpu", torch.get_num_threads()))
+    exact = dry.prior(load_recipe("wavelet3d", tight.overrides), 0, Kernels("cpu", torch.get_num_threads())).phases
     assert tight.prior_peak_gb == pytest.approx(max(exact.values()) / 1e9, abs=0.001)
 
 
@@ -282,14 +282,14 @@ def test_batches_of_the_prior_that_cannot_fit_are_not_run_dry(gb, monkeypatch):
 
     def dry_prior(cfg, groups, kernels):
         tried.append(cfg.prior.batch)
-        return {"encoding": 0, "flow": int((0.4 + 1.6 * cfg.prior.batch) * planner.GB)}
+        return dry.PriorCost({"encoding": 0, "flow": int((0.4 + 1.6 * cfg.prior.batch) * planner.GB)}, int(0.3 * planner.GB))
 
     monkeypatch.setattr(planner.dry, "prior", dry_prior)
     changes, _ = planner._Search("wavelet3d", planner.Source((64, 64, 64)), gb, ())._prior(load_recipe("wavelet3d"))
     batch = load_recipe("wavelet3d", changes).prior.batch
     fit = [batch for batch in (8, 4, 2, 1) if 0.4 + 1.6 * batch <= gb * (1 - planner.KEPT_FREE)]
     assert tried[-1] == (fit[0] if fit else 1) == batch
-    assert len(tried) <= 3
+    assert len(tried) <= 2
 
 
 def test_many_groups_need_memory_of_their_own_up_to_what_is_fitted_to():
@@ -449,19 +449,11 @@ def test_a_dataset_tells_its_size_spacing_and_count(tmp_path, capsys, scan_hu, w
         planner.Source.asked(tmp_path / "none", None)
 
 
-def _processor_seconds(*arguments):
-    """Of a whole Python, its start included, and what it printed."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before, done.stdout
-
-
 def test_it_is_quick():
-    """The issue's own example, start of Python included: under 15 seconds of processor time, or of 14 imports of torch.
-
-    A core that shares its arithmetic with another test does half as much in a second; importing torch tells how slow it is.
-    """
-    took, told = _processor_seconds("-m", "ctvae", "plan", "--method", "wavelet3d", "--size", "64x512x512", "--memory", "4GB")
-    bare, _ = _processor_seconds("-c", "import torch")
-    assert "fits: training needs" in told
-    assert took < max(15, 14 * bare)
+    """The issue's own example, start of Python included: under 15 seconds of processor time."""
+    command = [sys.executable, "-m", "ctvae", "plan", "--method", "wavelet3d", "--size", "64x512x512", "--memory", "4GB"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "fits: training needs" in done.stdout
+    assert after.ru_utime - before.ru_utime < 15

@@ -50,6 +50,7 @@ FINE_SIGMA = 0.6  # voxels: fine detail is what this takes away
 HALVINGS = 6  # of the range in which sigma and gain are looked for
 CURVES = ("rim", "lung", "cavity")
 NEWER = ("lung_sigma", "slice_gain")  # numbers that files of before do not have
+NUMBERS = ("sigma", "gain", *NEWER)
 BLUR = 2  # voxels that a Gaussian reaches
 HALO = AROUND + REACH + BORDER + 2 * BLUR  # voxels that a voxel can depend on, along each axis: lungs' smoothing, then detail
 Window = tuple[float, float]
@@ -86,7 +87,7 @@ class Calibration:
         return cls(same, same, same, 0.0, 0.0, soft)
 
     def save(self, path: Path) -> None:
-        numbers = {name: getattr(self, name) for name in ("sigma", "gain", *NEWER)}
+        numbers = {name: getattr(self, name) for name in NUMBERS}
         save(path, {name: getattr(self, name) for name in CURVES}, {**numbers, "soft": list(self.soft)})
 
     @classmethod
@@ -96,8 +97,7 @@ class Calibration:
         try:
             low, high = (float(value) for value in meta["soft"])
             curves = {name: tensors[name].float() for name in CURVES}
-            numbers = {name: float(meta[name]) for name in ("sigma", "gain")}
-            numbers |= {name: float(meta.get(name, 0.0)) for name in NEWER}
+            numbers = {name: float({**dict.fromkeys(NEWER, 0.0), **meta}[name]) for name in NUMBERS}
             wrong = any(values.shape != (KNOTS,) or not values.isfinite().all() for values in curves.values()) or not low < high
             if wrong or not all(math.isfinite(value) and 0 <= value <= 10 for value in numbers.values()):
                 raise ValueError("its numbers make no sense")

@@ -11,12 +11,11 @@ import numpy as np
 
 from ctvae import files, nifti
 from ctvae.errors import ScanRejected, ScanTooLarge
-from ctvae.preprocess import BODY_HU, Box, Steps, body_box, cut, group_starts
+from ctvae.preprocess import BODY_HU, BODY_MARGIN_VOXELS, Box, Steps, body_box, cut, group_starts
 from ctvae.scan import Found, read_found
 from ctvae.volume import Volume, position_mm
 
 Record = dict[str, Any]
-BODY_MARGIN_VOXELS = 4
 MOST_RECORD_BYTES = 2**24
 BLANK_SLICE = 0.002  # share of a slice's voxels above BODY_HU, below which it shows no body
 TRY_AGAIN = "too large for the memory at the time"  # no scan's fingerprint

@@ -258,17 +258,17 @@ class _Search:
 
     def _prior(self, cfg: Config) -> tuple[tuple[str, ...], dict[str, int]]:
         """The first settings with which the prior fits, its batch divided and made up for, and its peaks by phase."""
-        least = 0.0  # of a batch of one: what a step needs besides its batch does not get less with it
+        standing = least = 0.0  # of any batch, and of a batch of one beyond that
         *larger, last = ((), *(option.changes for option in prior_options(cfg, self._pinned)))
         for changes in (*larger, last):
             tried = with_overrides(cfg, changes)
-            if changes != last and not self._fits(least * tried.prior.batch):
+            if changes != last and not self._fits(standing + least * tried.prior.batch):
                 continue
-            phases = dry.prior(tried, self.source.groups, self._kernels)
-            if self._fits(max(phases.values())):
+            cost = dry.prior(tried, self.source.groups, self._kernels)
+            if self._fits(max(cost.phases.values())):
                 break
-            least = phases["flow"] / tried.prior.batch
-        return changes, phases
+            standing, least = cost.standing, (cost.phases["flow"] - cost.standing) / tried.prior.batch
+        return changes, cost.phases
 
     # --- in words --------------------------------------------------------------------------------------------------------
 

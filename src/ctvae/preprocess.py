@@ -28,6 +28,7 @@ SOFT_TISSUE_HU = 50  # and above
 LEAST_AIR = 1e-4  # of all voxels
 BODY_HU = -300
 BODY_PIXEL_MM = 3.0  # the body is looked for at about this resolution
+BODY_MARGIN_VOXELS = 4  # about a body in plane, where scans are cut to it
 TABLE_MM = 6.0  # half the thickness of what is not body: table tops, wires, sheets
 RESTS = ("overlap", "drop", "pad")
 Size3 = tuple[int, int, int]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.distance import cdist
 
 NEIGHBOURS = 5
 FOLDS = 5
@@ -34,7 +33,9 @@ def standardise(x: Array, reference: Array) -> Array:
 
 def frechet(x: Array, y: Array) -> float:
     """Squared Frechet distance between Gaussians fitted to x [n F] and y [m F]."""
-    from sklearn.covariance import ledoit_wolf  # a second of processor time, which drawing and planning do not need
+    from sklearn.covariance import (
+        ledoit_wolf,  # scikit-learn and scipy: a second of processor time, which drawing and planning do not need
+    )
 
     return frechet_gaussians(x.mean(axis=0), ledoit_wolf(x)[0], y.mean(axis=0), ledoit_wolf(y)[0])
 
@@ -59,6 +60,8 @@ def kernel_distance(x: Array, y: Array) -> float:
 
 def neighbourhoods(synthetic: Array, real: Array, k: int = NEIGHBOURS) -> dict[str, float]:
     """precision, recall, density, coverage of synthetic [n F] against real [m F]; each side needs more than k scans."""
+    from scipy.spatial.distance import cdist
+
     between = cdist(synthetic, real)  # [n m]
     real_radius = np.sort(cdist(real, real), axis=1)[:, k]  # column 0 is the scan itself
     synthetic_radius = np.sort(cdist(synthetic, synthetic), axis=1)[:, k]

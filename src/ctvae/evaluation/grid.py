@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from ctvae.preprocess import BODY_MARGIN_VOXELS, Box
+
 AIR_HU = -1000.0
 BODY_HU = -500.0
-MARGIN = 4  # voxels about a body in plane, as `prepare --crop-body` leaves
 Triple = tuple[float, float, float]
 Array = NDArray[np.floating]
 
@@ -81,19 +82,16 @@ def body_mask(hu: Array) -> NDArray[np.bool_]:
     return np.stack([ndimage.binary_fill_holes(piece) for piece in largest])
 
 
-def about_body(hu: Array) -> Array:
-    """The scan [D H W] in plane no larger than its body and MARGIN: what is further out is left out, what is missing is air.
+def about_body(body: NDArray[np.bool_]) -> Box:
+    """The box that a scan is measured in: in plane its body and BODY_MARGIN_VOXELS about it, also where the scan ends before.
 
     So it makes no difference how wide a scan was cut or padded. Without it, scans cut to the body and the same ones padded to
     one width were told apart: in the wider, a mean over slices has less power, and borders of convolutions lie elsewhere.
     """
-    body = body_mask(hu)
     rows, columns = (np.flatnonzero(body.any(axis=others)) for others in ((0, 2), (0, 1)))
-    first = [places[0] - MARGIN for places in (rows, columns)]
-    stop = [places[-1] + 1 + MARGIN for places in (rows, columns)]
-    missing = [(max(0, -a), max(0, b - size)) for a, b, size in zip(first, stop, hu.shape[1:], strict=True)]
-    part = hu[:, max(0, first[0]) : stop[0], max(0, first[1]) : stop[1]]
-    return np.pad(part, [(0, 0), *missing], constant_values=AIR_HU)
+    top, left = (int(places[0]) - BODY_MARGIN_VOXELS for places in (rows, columns))
+    height, width = (int(places[-1] - places[0]) + 1 + 2 * BODY_MARGIN_VOXELS for places in (rows, columns))
+    return Box((0, top, left), (len(body), height, width))
 
 
 def middle_of(mask: NDArray[np.bool_]) -> Triple:

@@ -22,6 +22,7 @@ from ctvae.evaluation.features import FULL_HU, SOFT_HU, layout, texture, tissue_
 from ctvae.evaluation.grid import Grid, Triple, about_body, body_mask, middle_of
 from ctvae.evaluation.medicalnet import MedicalNet
 from ctvae.evaluation.network import learned, weights_digest
+from ctvae.preprocess import cut
 from ctvae.volume import Volume
 
 VERSION = 4  # of what is measured: older files in a cache are not read
@@ -136,10 +137,12 @@ def _homogeneous(hu: Array) -> Array:
 
 
 def _measure(volume: Volume, grid: Grid, name: str, medicalnet: MedicalNet | None) -> Summary:
-    hu, spacing_mm = about_body(volume.hu.astype(np.float32)), volume.spacing_mm
+    body = body_mask(volume.hu)
+    box = about_body(body)
+    hu, body = cut(volume, box).hu.astype(np.float32), cut(Volume(body, volume.affine), box, fill=False).hu
+    spacing_mm = volume.spacing_mm
     seen = learned(hu, spacing_mm)
     known = medicalnet.features(hu, spacing_mm) if medicalnet else np.empty(0)
-    body = body_mask(hu)
     cells = grid.cells(hu, spacing_mm, middle_of(body), CELLS)
     if grid.resample_texture:
         hu, spacing_mm = grid.at_common_spacing(hu, spacing_mm), grid.spacing_mm

@@ -218,7 +218,15 @@ def decoding(cfg: Config, size: Size3, tile: Size3, kernels: Kernels) -> int:
     return max(peak + beside, standing + whole_volume + math.prod(size) * TO_HU)
 
 
-def prior(cfg: Config, groups: int, kernels: Kernels) -> dict[str, int]:
+@dataclass(frozen=True)
+class PriorCost:
+    """Peaks of `train_prior` by phase, and what of the flow's a batch of any size has: weights, average, momentum."""
+
+    phases: dict[str, int]
+    standing: int
+
+
+def prior(cfg: Config, groups: int, kernels: Kernels) -> PriorCost:
     """Peaks of `train_prior` by phase: encoding the training groups, fitting to their latents, then a step of each network.
 
     `groups` in training; 0 where that is not known, and the latents are then not counted.
@@ -235,8 +243,8 @@ def prior(cfg: Config, groups: int, kernels: Kernels) -> dict[str, int]:
         latents = _latents(2, latent_shape)  # the others stay on disk
         batches = flow_batches(cfg, code, Conditioning.fit(latents.conditions))
         network = build_velocity(cfg.prior, latent_shape, len(OF_GROUP), wiener)
-        phases["flow"] = _flow_step("flow", network, lambda: batches(latents, 0), cfg.prior, ledger)
-    return phases
+        phases["flow"], standing = _flow_step(network, lambda: batches(latents, 0), cfg.prior, ledger)
+    return PriorCost(phases, standing)
 
 
 @dataclass(frozen=True)
@@ -374,10 +382,9 @@ def _latents(count: int, latent_shape: tuple[int, ...]) -> LatentSet:
     return LatentSet(means, logvars, torch.empty(count, len(OF_GROUP)), [""] * count, OF_GROUP)
 
 
-def _flow_step(name: str, network: nn.Module, batch: Callable, settings: Prior, ledger: Ledger) -> int:
-    """One step of `train_flow` after the first; the networks before it stay in memory."""
-    if name != "vector":
-        to_channels_last(network)
+def _flow_step(network: nn.Module, batch: Callable, settings: Prior, ledger: Ledger) -> tuple[int, int]:
+    """One step of `train_flow` after the first: its peak, and what there is before it. Networks before it stay in memory."""
+    to_channels_last(network)
     ema = EMA(network, settings.ema_decay)
     optimizer = _after_a_step(network, settings)
     if isinstance(optimizer, Muon):
@@ -385,12 +392,13 @@ def _flow_step(name: str, network: nn.Module, batch: Callable, settings: Prior, 
     if settings.accumulate == 1:
         optimizer.zero_grad(set_to_none=True)
     ledger.since()
+    standing = ledger.live_bytes
     data = batch()
     with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
         loss = FlowObjective(network, settings)(data, generator(0, 0)).mean()
     _descend(loss, network, optimizer, ema, settings)
     optimizer.zero_grad(set_to_none=True)
-    return ledger.since()
+    return ledger.since(), standing
 
 
 # --- the table of stages -------------------------------------------------------------------------------------------------

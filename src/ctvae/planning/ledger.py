@@ -7,6 +7,7 @@ activations, gradients, recomputation, casts of autocast and the optimiser's tem
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,10 +74,18 @@ class Ledger(TorchDispatchMode):
 
 @contextmanager
 def dry_run(kernels: Kernels) -> Iterator[Ledger]:
-    """Tensors made in this block have shape, type and strides, and no memory; the ledger says what they would have taken."""
-    ledger = Ledger(kernels)
-    with FakeTensorMode(), ledger:
-        yield ledger
+    """Tensors made in this block have shape, type and strides, and no memory; the ledger says what they would have taken.
+
+    What is held goes by references alone meanwhile: looking for cycles is a tenth of the time, and comes at any moment.
+    """
+    ledger, collecting = Ledger(kernels), gc.isenabled()
+    gc.disable()
+    try:
+        with FakeTensorMode(), ledger:
+            yield ledger
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def to_channels_last(network: nn.Module) -> nn.Module:

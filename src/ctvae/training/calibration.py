@@ -8,7 +8,7 @@ import torch
 
 from ctvae import intensity, preprocess
 from ctvae.calibration import FILE as CALIBRATION
-from ctvae.calibration import Example, Window, fit
+from ctvae.calibration import NUMBERS, Example, Window, fit
 from ctvae.dataset import Dataset
 from ctvae.device import generator
 from ctvae.model import Model
@@ -28,7 +28,8 @@ def calibrate(run: Run, data: Dataset) -> None:
     examples = list(_examples(model, data, soft))
     calibration = fit(examples, soft)
     calibration.save(run.folder / CALIBRATION)
-    run.finish_stage("calibration", groups=len(examples), sigma=round(calibration.sigma, 4), gain=round(calibration.gain, 4))
+    numbers = {name: round(getattr(calibration, name), 4) for name in NUMBERS}
+    run.finish_stage("calibration", groups=len(examples), **numbers)
 
 
 def _examples(model: Model, data: Dataset, soft: Window) -> Iterator[Example]:

@@ -38,7 +38,7 @@ from ctvae.training.autoencoder import HeldOut, Reconstruction, load_autoencoder
 from ctvae.training.drawn import DrawnLatents
 from ctvae.training.groups import TrainingGroups
 from ctvae.training.memory import kept_when_memory_runs_out
-from ctvae.training.moments import Moments
+from ctvae.training.moments import Moments, statistics
 from ctvae.training.perceptual import PerceptualTerm, perceptual_term
 from ctvae.training.polish import DiscriminatorObjective, Pair, build_judge, build_player, gradient_norm, within
 from ctvae.training.tally import Tally
@@ -54,6 +54,11 @@ class FinishedPair(Pair):
     def __init__(self, decoder: nn.Module, discriminator: PatchDiscriminator, soft: tuple[float, float], ranks: Ranks = ALONE):
         super().__init__(decoder, discriminator)
         self.reconstructed, self.drawn = Moments(soft, ranks.mean), Moments(soft, ranks.mean)
+
+    def moments(self, again: Tensor, made: Tensor, x: Tensor) -> Tensor:
+        """The loss of both sides, reconstructed and drawn, against the same real patches: [B 1 D H W] each."""
+        real = statistics(x, self.drawn.soft)
+        return (self.reconstructed.towards(real, again) + self.drawn.towards(real, made)) / 2
 
 
 class FinishObjective(nn.Module):
@@ -86,7 +91,7 @@ class FinishObjective(nn.Module):
         terms = {
             "adversarial": cfg.adversarial_weight * losses.deceiving(judged.float(), logits.float(), cfg.adversarial),
             "features": cfg.feature_weight * losses.feature_matching(real, [f[: len(x)] for f in fake], self.ranks.mean).float(),
-            "moments": cfg.moments_weight * (pair.reconstructed(again, x) + pair.drawn(made, x)) / 2,
+            "moments": cfg.moments_weight * pair.moments(again, made, x),
         }
         if cfg.anchor_weight:
             with torch.no_grad():

@@ -67,10 +67,14 @@ class Moments(nn.Module):
 
     def forward(self, fake: Tensor, real: Tensor) -> Tensor:  # [B 1 D H W] each
         """The loss. Means are those before these patches, so that nothing is pulled by itself alone."""
+        return self.towards(statistics(real, self.soft), fake)
+
+    def towards(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The same where the real patches' statistics [K] are known."""
         values = statistics(fake, self.soft)
         off = torch.where(self.seen >= FEWEST, self.off(), 0.0).clamp(-MOST_OFF, MOST_OFF)
         loss = ((off + self.multiplier) * values / self._spread()).mean()
-        self._observe(values.detach(), statistics(real, self.soft).detach())
+        self._observe(values.detach(), real.detach())
         self.multiplier.add_(RATE * off).clamp_(-MOST_DUE, MOST_DUE)
         return loss
 
