@@ -24,6 +24,7 @@ from ctvae.calibration import (
     detail,
     fit,
     highest,
+    level_of,
     smoothed,
     smoothed_within,
 )
@@ -227,6 +228,36 @@ def test_bone_that_is_blurred_from_slice_to_slice_gets_its_power_back():
     np.testing.assert_allclose(between_slices(real, SOFT), wanted, atol=1e-5)
 
 
+def flat(level: float, seed: int) -> Tensor:
+    """Soft tissue about a level, fat 0.12 below it, air and bone, a quarter of W each."""
+    x = torch.cat([torch.full((1, 1, 24, 32, 10), value) for value in (-1.0, level - 0.12, level, 0.7)], dim=4)
+    return x + 0.004 * noise(seed)
+
+
+def test_soft_tissue_gets_the_level_of_its_own_scan_back():
+    """Decoders that halve how far levels are from their mean; the median is numpy's."""
+    levels = np.linspace(0.0, 0.08, 9)
+    examples = [Example(*2 * (flat(0.04 + 0.5 * (level - 0.04), 1),), flat(level, 2), SOFT) for level in levels]
+    values = examples[0].real.numpy()
+    assert examples[0].real_level == pytest.approx(np.median(values[(values > -0.035) & (values < 0.115)]), abs=1e-6)
+    calibration = replace(fit(examples, SOFT), gain=0.0, slice_gain=0.0)
+    assert calibration.level == pytest.approx(0.04, abs=0.002)
+    assert calibration.level_gain == pytest.approx(1.0, abs=0.05)
+    decoded = flat(0.06, 3)
+    made = calibration(decoded, decoded, level_of(decoded, SOFT))
+    soft, fat, bone = ((0, 0, slice(6, -6), slice(6, -6), slice(a, b)) for a, b in ((22, 29), (15, 19), (32, 39)))
+    assert made[soft].mean().item() == pytest.approx(0.08, abs=0.003)
+    assert (made - decoded)[fat].mean().item() == pytest.approx(0.02, abs=0.003)  # it moves along
+    torch.testing.assert_close(made[bone], decoded[bone], atol=1e-5, rtol=0)
+    torch.testing.assert_close(calibration(decoded, decoded)[soft], decoded[soft], atol=1e-5, rtol=0)  # of a patch
+    assert fit(examples[:7], SOFT).level_gain == 0.0  # too few for a line
+    assert fit([Example(e.real, e.real, e.raw, SOFT) for e in examples], SOFT).level_gain == 0.0  # never nearer to the mean
+
+
+def test_a_volume_without_soft_tissue_has_no_level():
+    assert level_of(torch.full((1, 1, 4, 4, 4), -1.0), SOFT) is None
+
+
 def test_a_file_gives_the_same(tmp_path):
     calibration = fit([stippled(0)], SOFT)
     calibration.save(tmp_path / FILE)
@@ -235,12 +266,15 @@ def test_a_file_gives_the_same(tmp_path):
     torch.testing.assert_close(Calibration.load(tmp_path / FILE)(example.raw, example.toned), made)
 
 
-def test_a_file_of_before_smooths_no_lungs(tmp_path):
-    replace(fit([stippled(0)], SOFT), lung_sigma=LUNG_SIGMA).save(tmp_path / FILE)
-    assert Calibration.load(tmp_path / FILE).lung_sigma == LUNG_SIGMA
+def test_a_file_of_before_smooths_no_lungs_and_moves_no_levels(tmp_path):
+    newer = {"lung_sigma": LUNG_SIGMA, "slice_gain": 0.5, "level": -0.04, "level_gain": 1.0}
+    replace(fit([stippled(0)], SOFT), **newer).save(tmp_path / FILE)
+    known = Calibration.load(tmp_path / FILE)
+    assert {name: getattr(known, name) for name in newer} == newer
     tensors, told = load(tmp_path / FILE)
-    save(tmp_path / FILE, tensors, {name: value for name, value in told.items() if name != "lung_sigma"})
-    assert Calibration.load(tmp_path / FILE).lung_sigma == 0
+    save(tmp_path / FILE, tensors, {name: value for name, value in told.items() if name not in newer})
+    before = Calibration.load(tmp_path / FILE)
+    assert [getattr(before, name) for name in newer] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +282,7 @@ def test_a_file_of_before_smooths_no_lungs(tmp_path):
     [
         ({"rim": torch.zeros(3)}, {}), ({"lung": torch.full((KNOTS,), torch.nan)}, {}), ({}, {"sigma": -1.0}),
         ({}, {"gain": "much"}), ({}, {"soft": [0.2, -0.1]}), ({}, {"soft": None}),
-        ({}, {"lung_sigma": "wide"}),
+        ({}, {"lung_sigma": "wide"}), ({}, {"level": -1.5}), ({}, {"level_gain": -0.5}),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line(tmp_path, curves, meta):

@@ -127,3 +127,31 @@ def test_a_system_that_cannot_flush_folders_is_no_trouble(tmp_path, monkeypatch,
     with pytest.raises(InputError, match="Invalid argument"):
         files.write_text(tmp_path / "trouble.txt", "lost")
     assert [path.name for path in tmp_path.iterdir()] == ["fine.txt"]
+
+
+def test_one_process_at_a_time_is_at_work_in_a_folder(tmp_path):
+    code = "import sys, time; from pathlib import Path; from ctvae.files import occupied\n"
+    code += "with occupied(Path(sys.argv[1]), 'ctvae train'): print('in', flush=True); time.sleep(60)"
+    folder = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(InputError, match="another `ctvae train` is at work in it"), files.occupied(folder, "ctvae train"):
+            pytest.fail("two at once")
+        other.kill()
+    with files.occupied(folder, "ctvae train"):  # who was killed holds nothing
+        (folder / "kept").write_text("")
+    assert [path.name for path in folder.iterdir()] == ["kept"]
+
+
+def test_a_folder_made_for_work_that_is_refused_is_gone_again(tmp_path):
+    with pytest.raises(ValueError, match="refused"), files.occupied(tmp_path / "a" / "run", "ctvae train"):
+        raise ValueError("refused")
+    assert not (tmp_path / "a" / "run").exists()
+
+
+def test_a_file_in_a_folders_place_is_left_for_the_work_to_complain_about(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with files.occupied(tmp_path / "run", "ctvae train"):
+        pass
+    assert (tmp_path / "run").read_text() == "mine"

@@ -12,12 +12,15 @@ places, by what is around each voxel:
   themselves; then they pass a curve of their own;
 * cavity: darker than soft tissue and none of these, such as airways; has a curve too.
 
+Curves of all scans together take each scan's soft tissue towards the mean of all. So the volume's own `level`, the median of its
+soft tissue, is moved away from the mean one again, and soft tissue with it.
+
 Then, in all but empty air, what a Gaussian takes away of soft tissue and its edges grows by `gain`: decoders blur. And what one
 along D takes away of what is brighter, bone, by `slice_gain`: they blur that most, and from slice to slice.
 
 Curves are monotone maps of one distribution to another (histogram matching; Gonzalez and Woods 2018, section 3.3). `sigma` is the
-one with which neighbours in outlines differ as much as in scans, the gains those with which detail has as much power. All are
-from reconstructions of training groups and their originals.
+one with which neighbours in outlines differ as much as in scans, the gains those with which detail has as much power, and levels
+are moved by the line of least squares. All are from reconstructions of training groups and their originals.
 
 Shapes:  D H W voxels in -1..1   K knots
 """
@@ -43,13 +46,16 @@ AROUND = 2  # voxels about one of empty air that are air too
 BODY = -0.5  # what is no air
 REACH = 4  # voxels from empty air to the other side of a rim: AROUND outside, as many inside
 BORDER = 3  # voxels from open lung to the tissue about it
-MOST_SIGMA, MOST_GAIN = 1.0, 1.0
+MOST_SIGMA, MOST_GAIN, MOST_LEVEL_GAIN = 1.0, 1.0, 2.0
 LUNG_SIGMA = 0.8  # voxels: a lattice of two to four is gone, and what is left of lungs is as wide in HU as in scans
 ROUGHER = 1.1  # times as much as in scans neighbours in lungs differ where they are smoothed
 FINE_SIGMA = 0.6  # voxels: fine detail is what this takes away
 HALVINGS = 6  # of the range in which sigma and gain are looked for
 CURVES = ("rim", "lung", "cavity")
-NEWER = ("lung_sigma", "slice_gain")  # numbers that files of before do not have
+MIDDLE = 0.375  # of the soft tissue window, about its middle: muscle and organs
+MOST_LEVELS = 2**20  # voxels that a level is taken from
+FEWEST_LEVELS = 8  # examples of which a line can be drawn
+NEWER = ("lung_sigma", "slice_gain", "level", "level_gain")  # numbers that files of before do not have
 NUMBERS = ("sigma", "gain", *NEWER)
 BLUR = 2  # voxels that a Gaussian reaches
 HALO = AROUND + REACH + BORDER + 2 * BLUR  # voxels that a voxel can depend on, along each axis: lungs' smoothing, then detail
@@ -67,16 +73,23 @@ class Calibration:
     soft: Window  # the soft tissue window in -1..1
     lung_sigma: float = 0.0  # voxels; calibrations of before smooth no lungs
     slice_gain: float = 0.0  # nor have they this
+    level: float = 0.0  # the mean one, -1..1
+    level_gain: float = 0.0
 
-    def __call__(self, raw: Tensor, toned: Tensor) -> Tensor:
-        """What a decoder made, before and after its own curve, as it is to be: [B 1 D H W] each."""
-        return self.applied(raw, toned, Places.of(toned.detach(), self.soft))
+    def __call__(self, raw: Tensor, toned: Tensor, level: float | None = None) -> Tensor:
+        """What a decoder made, before and after its own curve, as it is to be: [B 1 D H W] each.
 
-    def applied(self, raw: Tensor, toned: Tensor, where: Places) -> Tensor:
+        `level`: of the whole volume (`level_of`, of what is toned); none, as of a patch: soft tissue stays where it is.
+        """
+        return self.applied(raw, toned, Places.of(toned.detach(), self.soft), level)
+
+    def applied(self, raw: Tensor, toned: Tensor, where: Places, level: float | None = None) -> Tensor:
         """The same where the places are known."""
         out = torch.where(where.rim, curve(smoothed(raw, self.sigma, self.soft), self.rim), toned)
         out = torch.where(where.lung, curve(smoothed_within(raw, where.lung, self.lung_sigma), self.lung), out)
         out = torch.where(where.cavity, curve(raw, self.cavity), out)
+        if level is not None and self.level_gain:
+            out = out + self.level_gain * (level - self.level) * softness(out, self.soft)
         finer = self.gain * detail(out, self.soft) + self.slice_gain * between_slices(out, self.soft)
         return torch.where(where.empty, out, out + finer)
 
@@ -99,7 +112,8 @@ class Calibration:
             curves = {name: tensors[name].float() for name in CURVES}
             numbers = {name: float({**dict.fromkeys(NEWER, 0.0), **meta}[name]) for name in NUMBERS}
             wrong = any(values.shape != (KNOTS,) or not values.isfinite().all() for values in curves.values()) or not low < high
-            if wrong or not all(math.isfinite(value) and 0 <= value <= 10 for value in numbers.values()):
+            least = {"level": -1.0}
+            if wrong or not all(math.isfinite(value) and least.get(name, 0) <= value <= 10 for name, value in numbers.items()):
                 raise ValueError("its numbers make no sense")
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: damaged ({error}); run `ctvae train` with --stage calibration again") from error
@@ -133,9 +147,10 @@ class Example:
     def __init__(self, raw: Tensor, toned: Tensor, real: Tensor, soft: Window):
         self.raw, self.toned, self.real = raw, toned, real
         self.places, self.real_places = Places.of(toned, soft), Places.of(real, soft)
+        self.level, self.real_level = level_of(toned, soft), level_of(real, soft)
 
     def under(self, calibration: Calibration) -> Tensor:
-        return calibration.applied(self.raw, self.toned, self.places)
+        return calibration.applied(self.raw, self.toned, self.places, self.level)
 
 
 def fit(examples: Sequence[Example], soft: Window) -> Calibration:
@@ -148,9 +163,21 @@ def fit(examples: Sequence[Example], soft: Window) -> Calibration:
 
     rims = _mean_step([(e.real, e.real_places.rim & body(e.real)) for e in examples], soft)
     made = smoother(_least(lambda sigma: _mean_step(_seen(examples, smoother(sigma)), soft) > rims, MOST_SIGMA))
+    made = replace(made, **_levels(examples))
     for name, of in (("gain", detail), ("slice_gain", between_slices)):
         made = _with(made, name, _strong_enough(examples, made, name, of, soft))
     return made
+
+
+def _levels(examples: Sequence[Example]) -> dict[str, float]:
+    """The mean level, and how much further from it those of scans are: never nearer, twice at most."""
+    pairs = [(e.level, e.real_level) for e in examples if e.level is not None and e.real_level is not None]
+    if len(pairs) < FEWEST_LEVELS:
+        return {}
+    made, real = torch.tensor(pairs, dtype=torch.float64).unbind(1)
+    off = made - made.mean()
+    slope = float(off @ real / (off @ off).clamp_min(1e-12))
+    return {"level": float(made.mean()), "level_gain": min(max(slope - 1, 0.0), MOST_LEVEL_GAIN)}
 
 
 def _with(calibration: Calibration, name: str, value: float) -> Calibration:
@@ -173,6 +200,24 @@ def _lungs(examples: Sequence[Example], soft: Window) -> Calibration:
     plain, dark = made(0.0), (-1.0, soft[0])
     rough = _mean_step(((e.under(plain), e.places.lung) for e in examples), dark)
     return made(LUNG_SIGMA) if rough > ROUGHER * _mean_step(((e.real, e.real_places.lung) for e in examples), dark) else plain
+
+
+def level_of(x: Tensor, soft: Window) -> float | None:
+    """The median of a volume's values in the middle of the soft tissue window; none where it has none."""
+    values, middle, reach = thinned(x.detach()), (soft[0] + soft[1]) / 2, MIDDLE * (soft[1] - soft[0]) / 2
+    values = values[(values - middle).abs() < reach]
+    return float(values.median()) if len(values) else None
+
+
+def thinned(x: Tensor) -> Tensor:
+    """MOST_LEVELS of a volume's values at most, evenly spaced in memory: [n]"""
+    return x.flatten()[:: math.ceil(x.numel() / MOST_LEVELS)]
+
+
+def softness(x: Tensor, soft: Window) -> Tensor:
+    """1 in the soft tissue window, and from half its width beyond it on 0: like x."""
+    beyond = (soft[0] - x).clamp_min(0) + (x - soft[1]).clamp_min(0)
+    return (1 - 2 * beyond / (soft[1] - soft[0])).clamp_min(0)
 
 
 def body(x: Tensor) -> Tensor:

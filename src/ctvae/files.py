@@ -16,6 +16,7 @@ from ctvae.errors import InputError
 MOST_JSON_BYTES = 2**30
 MOST_YAML_BYTES = 2**18
 PARTIAL = ".partial"
+LOCK = ".lock"
 
 
 @contextmanager
@@ -112,6 +113,35 @@ def sweep(folder: Path) -> None:
 def is_partial(path: Path) -> bool:
     """Whether `path` is the temporary file of a writer, running or killed."""
     return path.name.startswith(".") and PARTIAL in path.name
+
+
+@contextmanager
+def occupied(folder: Path, work: str) -> Iterator[None]:
+    """Inside the block no other process may do this `work` in `folder`. A process that was killed holds nothing.
+
+    Raises InputError where another is at it. A folder that was made for this and stays empty is gone again.
+    """
+    from filelock import FileLock, Timeout
+
+    made = not folder.exists()
+    lock = FileLock(folder / LOCK, blocking=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"{folder}: another `{work}` is at work in it; wait until it ends, or choose another --out") from error
+    except (OSError, NotImplementedError):
+        pass  # a file in its place, no right to write: the work says so. A file system without locks: it does without
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if lock.is_locked:
+                (folder / LOCK).unlink()  # while it is held: whoever comes next makes another
+        lock.release()
+        if made:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing is in it
 
 
 def _flush(path: Path) -> None:

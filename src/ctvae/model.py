@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ctvae import intensity, preprocess
 from ctvae.calibration import FILE as CALIBRATION
-from ctvae.calibration import HALO, Calibration
+from ctvae.calibration import HALO, Calibration, level_of, thinned
 from ctvae.checkpoint import built, file_hash, load
 from ctvae.conditions import Known
 from ctvae.config import Config, Size3, Wavelet3D, load_config, nearest
@@ -169,8 +169,9 @@ class Model:
         """Tile by tile, each with what its voxels depend on: it takes twenty times the memory of a tile."""
         assert self.calibration is not None
         one, reach, calibration = (1, 1, 1), (HALO, HALO, HALO), self.calibration
+        level = level_of(self.toned(thinned(raw)), calibration.soft)
         return tiled(
-            lambda x: calibration(x, self.toned(x)), raw, factor_in=one, factor_out=one, tile=CALIBRATED_TILE, halo=reach
+            lambda x: calibration(x, self.toned(x), level), raw, factor_in=one, factor_out=one, tile=CALIBRATED_TILE, halo=reach
         )
 
     def _autocast(self) -> torch.autocast:

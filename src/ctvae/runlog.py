@@ -62,8 +62,8 @@ class Run:
             return run
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: is a file; --out names a folder")
-        if folder.exists() and any(path.name != "run.json" and not files.is_partial(path) for path in folder.iterdir()):
-            # run.json alone: stopped right below.
+        left = {"run.json", files.LOCK}  # run.json: stopped right below
+        if folder.exists() and any(path.name not in left and not files.is_partial(path) for path in folder.iterdir()):
             raise InputError(f"{folder}: is neither empty nor a ctvae run; choose another folder for --out")
         state = {"ctvae": __version__, "dataset": dataset_fingerprint, "stages": {}, "planned": list(planned)}
         files.write_json(run.folder / "run.json", state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from ctvae.config import Config, validated
 from ctvae.dataset import Dataset, Group
 from ctvae.device import deterministic
 from ctvae.errors import ConfigError, DoesNotFit, InputError, ModelError
+from ctvae.files import occupied
 from ctvae.latents import LatentSet, is_complete
 from ctvae.model import model_folder
 from ctvae.models import build
@@ -67,7 +69,7 @@ def train(
     """
     _refuse_nonsense(stage, minutes, hours)
     folder = Path(out)
-    with joined() as ranks:
+    with joined() as ranks, occupied(folder, "ctvae train") if ranks.first else nullcontext():
         data = Dataset.open(Path(dataset))
         source = model_folder(start) if start is not None else None
         asked = Asked(tuple(overrides), method, Path(plan) if plan is not None else None, memory_gb, ranks.world, source)
