@@ -163,21 +163,22 @@ def fit(examples: Sequence[Example], soft: Window) -> Calibration:
 
     rims = _mean_step([(e.real, e.real_places.rim & body(e.real)) for e in examples], soft)
     made = smoother(_least(lambda sigma: _mean_step(_seen(examples, smoother(sigma)), soft) > rims, MOST_SIGMA))
-    made = replace(made, **_levels(examples))
+    level, level_gain = _levels(examples)
+    made = replace(made, level=level, level_gain=level_gain)
     for name, of in (("gain", detail), ("slice_gain", between_slices)):
         made = _with(made, name, _strong_enough(examples, made, name, of, soft))
     return made
 
 
-def _levels(examples: Sequence[Example]) -> dict[str, float]:
+def _levels(examples: Sequence[Example]) -> tuple[float, float]:
     """The mean level, and how much further from it those of scans are: never nearer, twice at most."""
     pairs = [(e.level, e.real_level) for e in examples if e.level is not None and e.real_level is not None]
     if len(pairs) < FEWEST_LEVELS:
-        return {}
+        return 0.0, 0.0
     made, real = torch.tensor(pairs, dtype=torch.float64).unbind(1)
     off = made - made.mean()
     slope = float(off @ real / (off @ off).clamp_min(1e-12))
-    return {"level": float(made.mean()), "level_gain": min(max(slope - 1, 0.0), MOST_LEVEL_GAIN)}
+    return float(made.mean()), min(max(slope - 1, 0.0), MOST_LEVEL_GAIN)
 
 
 def _with(calibration: Calibration, name: str, value: float) -> Calibration:
