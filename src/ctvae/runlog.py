@@ -8,6 +8,7 @@
     run/checkpoints/            training state, the last two of each network
     run/logs/                   metrics as CSV and TensorBoard events
     run/previews/               pictures made while training
+    run/.lock                   held by the process that trains
 """
 
 from __future__ import annotations
