@@ -171,7 +171,7 @@ def fit(examples: Sequence[Example], soft: Window) -> Calibration:
 
 
 def _levels(examples: Sequence[Example]) -> tuple[float, float]:
-    """The mean level, and how much further from it those of scans are: never nearer, twice at most."""
+    """The mean level, and how much further from it those of scans are: never nearer, by twice their distance at most."""
     pairs = [(e.level, e.real_level) for e in examples if e.level is not None and e.real_level is not None]
     if len(pairs) < FEWEST_LEVELS:
         return 0.0, 0.0
