@@ -5,7 +5,7 @@ calibration.
 
 One line per place: mean |difference| of neighbours in the soft tissue window in HU, of the scans, decoded, and calibrated, and
 the ratios; power of fine detail in the body; for lungs and cavities the share of the body's voxels below -900 HU. The places are
-each volume's own.
+each volume's own. Then the levels of soft tissue: how much they differ between groups, and from their own scan's.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ctvae import intensity, preprocess
-from ctvae.calibration import BODY, Places, Window, body, detail, highest
+from ctvae.calibration import BODY, Places, Window, body, detail, highest, level_of
 from ctvae.dataset import Dataset
 from ctvae.device import generator
 from ctvae.model import open_model
@@ -45,14 +46,17 @@ def main() -> None:
     groups = data.groups(asked.split)
     order = torch.randperm(len(groups), generator=generator(0, 0)).tolist()[: asked.groups]
     total = {side: {} for side in ("scans", "decoded", "calibrated")}  # type: dict[str, dict[str, list[float]]]
+    levels = {side: [] for side in total}  # type: dict[str, list[float]]
     for index in order:
         volume = data.volume(groups[index])
         posterior = model.encode(volume)
         raw = model.raw(posterior.mean)
         toned = model.toned(raw)
         real = torch.from_numpy(intensity.from_hu(preprocess.cut(volume, posterior.box).hu, (low, high)))[None, None]
-        for side, x in (("scans", real), ("decoded", toned), ("calibrated", model.calibration(raw, toned))):
+        whole = model.calibration(raw, toned, level_of(toned, soft))
+        for side, x in (("scans", real), ("decoded", toned), ("calibrated", whole)):
             _add(total[side], x.clamp(-1, 1), soft, 2 * (DARK_HU - low) / (high - low) - 1)
+            levels[side].append((high - low) / 2 * (level_of(x, soft) or 0.0))
     print(f"{len(order)} {asked.split} groups, {asked.model}")
     for name in total["scans"]:
         scans, decoded, calibrated = (total[side][name][0] / max(1.0, total[side][name][1]) for side in total)
@@ -61,6 +65,9 @@ def main() -> None:
         scale = {"% of the body": 100, "HU": (high - low) / 2, "HU^2": ((high - low) / 2) ** 2}[unit]
         numbers = f"{scale * scans:7.2f} {scale * decoded:7.2f} {scale * calibrated:7.2f} {unit}"
         print(f"{name:28s} {numbers:40s} ratios {decoded / scans:.2f} {calibrated / scans:.2f}")
+    known = {side: np.array(values) for side, values in levels.items()}
+    for name, of in (("spread between groups", np.std), ("off their scan's", lambda x: np.abs(x - known["scans"]).mean())):
+        print(f"{'level, ' + name:28s} " + " ".join(f"{of(values):7.2f}" for values in known.values()) + " HU")
 
 
 def _add(total: dict[str, list[float]], x: Tensor, soft: Window, dark: float) -> None:

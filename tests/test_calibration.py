@@ -33,6 +33,7 @@ from ctvae.config import load_config, load_recipe
 from ctvae.errors import ConfigError, ModelError
 from ctvae.export import export
 from ctvae.generate import load as load_model
+from ctvae.intensity import to_hu
 from ctvae.models import build
 from ctvae.models.discriminator import PatchDiscriminator
 from ctvae.models.tone import KNOTS
@@ -336,6 +337,19 @@ def test_by_tiles_it_is_the_same(calibrated, monkeypatch):
     whole = model.decode(latent)
     monkeypatch.setattr(model_module, "CALIBRATED_TILE", (5, 9, 32))
     np.testing.assert_array_equal(model.decode(latent), whole)
+
+
+def test_what_is_decoded_has_the_level_of_the_whole_volume(calibrated, monkeypatch):
+    """By tiles too: each of them alone would have another."""
+    model = load_model(calibrated)
+    latent = model.draw("flow", 3, 1).latent
+    raw, soft = model.raw(latent), model.calibration.soft
+    toned = model.toned(raw)
+    level = level_of(toned, soft)
+    model.calibration = replace(model.calibration, level=level - 0.03, level_gain=1.0)
+    monkeypatch.setattr(model_module, "CALIBRATED_TILE", (5, 9, 32))
+    np.testing.assert_array_equal(model.decode(latent), to_hu(model.calibration(raw, toned, level)[0, 0].numpy(), (-1000, 1000)))
+    assert (model.decode(latent) != to_hu(model.calibration(raw, toned)[0, 0].numpy(), (-1000, 1000))).any()
 
 
 def test_an_exported_model_has_it(calibrated, tmp_path):

@@ -10,7 +10,9 @@ import pytest
 from ctvae import runlog
 from ctvae.config import Config, Training, load_config, load_recipe
 from ctvae.errors import ConfigError, CtvaeError, InputError, ModelError
+from ctvae.files import occupied
 from ctvae.runlog import Clock, Curve, Run
+from ctvae.training.train import train
 
 
 @pytest.fixture
@@ -213,3 +215,8 @@ def test_the_curve_is_in_tensorboards_format_too(tmp_path):
     logged(Run(tmp_path), range(2, 7, 2), 0, loss=0.25)
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("net/loss")] == [(2, 0.25), (4, 0.25), (6, 0.25)]
+
+
+def test_a_run_that_another_process_trains_is_refused(tiny_dataset, tiny_run, tiny_settings):
+    with occupied(tiny_run, "ctvae train"), pytest.raises(InputError, match="another `ctvae train` is at work in it"):
+        train(tiny_dataset, tiny_run, overrides=tiny_settings)

@@ -20,8 +20,7 @@ from ctvae.conditions import OF_GROUP, of_group
 from ctvae.config import Data, load_config, load_recipe
 from ctvae.dataset import Dataset
 from ctvae.device import deterministic, generator
-from ctvae.errors import ConfigError, InputError, ModelError, TrainingDiverged
-from ctvae.files import occupied
+from ctvae.errors import ConfigError, ModelError, TrainingDiverged
 from ctvae.latents import LatentCode, LatentSet
 from ctvae.model import open_model
 from ctvae.models import build
@@ -174,11 +173,6 @@ def test_a_finished_run_is_left_alone(tiny_dataset, tiny_run, tiny_settings, mon
     assert train(tiny_dataset, tiny_run, overrides=tiny_settings) == tiny_run
     assert train(tiny_dataset, tiny_run, overrides=tiny_settings, minutes=1.0) == tiny_run
     assert stamps(tiny_run) == before
-
-
-def test_a_run_that_another_process_trains_is_refused(tiny_dataset, tiny_run, tiny_settings):
-    with occupied(tiny_run, "ctvae train"), pytest.raises(InputError, match="another `ctvae train` is at work in it"):
-        train(tiny_dataset, tiny_run, overrides=tiny_settings)
 
 
 def test_a_finished_run_holds_what_the_formats_page_says(tiny_run):

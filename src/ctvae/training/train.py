@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -69,7 +69,8 @@ def train(
     """
     _refuse_nonsense(stage, minutes, hours)
     folder = Path(out)
-    with joined() as ranks, occupied(folder, "ctvae train") if ranks.first else nullcontext():
+    with joined() as ranks, ExitStack() as held:
+        ranks.told(lambda: held.enter_context(occupied(folder, "ctvae train")))
         data = Dataset.open(Path(dataset))
         source = model_folder(start) if start is not None else None
         asked = Asked(tuple(overrides), method, Path(plan) if plan is not None else None, memory_gb, ranks.world, source)
