@@ -28,11 +28,12 @@ import torch
 from equal_minutes import judged, train
 from torch import Tensor, nn
 
-from ctvae.config import Config, Size3, Wavelet3D, load_recipe, with_overrides
+from ctvae.config import Config, load_recipe, with_overrides
 from ctvae.dataset import Dataset
 from ctvae.device import generator, place
 from ctvae.models.blocks import Conv, ResBlock
 from ctvae.models.wavelet3d import Wavelet3DVAE
+from ctvae.networks import Size3, Wavelet3D
 from ctvae.planning import dry
 from ctvae.planning.sizes import written
 from ctvae.planning.workspace import Kernels

@@ -27,12 +27,13 @@ from step_speed import Peer
 from torch import Tensor, nn
 
 from ctvae.checkpoint import EMA, load, save
-from ctvae.config import Config, Size3, load_recipe, with_overrides
+from ctvae.config import Config, load_recipe, with_overrides
 from ctvae.dataset import Dataset
 from ctvae.device import generator, place
 from ctvae.evaluation import similarity
 from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
+from ctvae.networks import Size3
 from ctvae.refine import refined
 from ctvae.runlog import Clock
 from ctvae.training.autoencoder import Objective

@@ -31,12 +31,13 @@ import numpy as np
 import torch
 
 from ctvae.checkpoint import load
-from ctvae.config import Config, Size3, load_recipe
+from ctvae.config import Config, load_recipe
 from ctvae.dataset import Group
 from ctvae.intensity import multiple_above
 from ctvae.latents import LatentSet
 from ctvae.model import open_model
 from ctvae.models import build
+from ctvae.networks import Size3
 from ctvae.planning import dry
 from ctvae.planning.sizes import parse_size, written
 from ctvae.planning.workspace import Kernels

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from ctvae.config import Conv3D
 from ctvae.errors import ConfigError, DoesNotFit
 from ctvae.models.conv3d import Conv3DVAE, feature_shape, linear_parameters, linear_weights
+from ctvae.networks import Conv3D
 
 SMALL = Conv3D(widths=(4, 8, 16), latent_size=6)
 SEED_SIZE = (64, 256, 256)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ctvae.config import Slice2D, Stack2D
 from ctvae.models.slice2d import ImageStackVAE, Slice2DVAE, pack, unpack
 from ctvae.models.stack2d import Stack2DVAE
+from ctvae.networks import Slice2D, Stack2D
 
 SHAPE = (8, 32, 48)
 

@@ -21,9 +21,8 @@ from ctvae import __main__, planner
 from ctvae.config import RECIPES, load_recipe
 from ctvae.errors import ConfigError, DoesNotFit, InputError
 from ctvae.models.wavelet3d import tile_bytes
-from ctvae.planning import dry, planfile
+from ctvae.planning import dry
 from ctvae.planning.ledger import dry_run
-from ctvae.planning.sizes import parse_memory, parse_size, smaller, strides_for
 from ctvae.planning.workspace import Kernels
 from ctvae.prepare import prepare
 
@@ -155,49 +154,6 @@ def test_predictions_against_resident_memory(setting):
     ratios = [float(line.split("|")[-2]) for line in done.stdout.splitlines() if line.startswith("| train")]
     assert ratios
     assert all(0.9 <= ratio <= 1.1 for ratio in ratios), done.stdout
-
-
-# --- sizes
-
-
-@pytest.mark.parametrize(("text", "gb"), [("24GB", 24), ("12gb", 12), ("500MB", 0.5), ("1.5 GB", 1.5), ("2GiB", 2 * 1.073741824)])
-def test_memory_as_people_write_it(text, gb):
-    assert parse_memory(text) == pytest.approx(gb)
-
-
-@pytest.mark.parametrize("text", ["24", "GB", "-3GB", "0GB", "1e3GB", "lots", "24TBs", ""])
-def test_memory_that_says_nothing(text):
-    with pytest.raises(ConfigError, match=r"write an amount with its unit, e\.g\. 24GB or 500MB"):
-        parse_memory(text)
-
-
-@pytest.mark.parametrize("text", ["64x512", "64,512,512", "0x512x512", "64x512x99999", "ax512x512", "64x²x512", ""])
-def test_sizes_that_are_none(text):
-    with pytest.raises(ConfigError, match=r"^size "):
-        parse_size(text)
-    assert parse_size("64X512x500") == (64, 512, 500)
-
-
-@pytest.mark.parametrize(
-    ("spacing_mm", "slices", "steps"),
-    [
-        ((1.0, 1.0, 1.0), 64, (2, 2, 2)),  # cubes: as the recipe
-        ((0.8, 0.8, 1.5), 64, (2, 2, 2)),
-        ((0.8, 0.8, 2.5), 64, (1, 2, 2)),  # pixels of 1.6 mm come first
-        ((0.8, 0.8, 5.0), 64, (1, 1, 2)),
-        ((0.8, 0.8, 5.0), 64, (1, 1)),  # of two levels
-        ((4.6, 4.6, 3.0), 64, (2, 2, 2)),
-        ((1.0, 1.0, 1.0), 8, (2, 1, 1)),  # few slices: four latents along them are left
-        ((1.0, 1.0, 1.0), 4, (1, 1, 1)),
-    ],
-)
-def test_strides_follow_spacing_and_slice_count(spacing_mm, slices, steps):
-    assert strides_for(spacing_mm, (slices, 512, 512), len(steps)) == tuple((step, 2, 2) for step in steps)
-
-
-def test_smaller_sizes_stay_on_the_grid():
-    assert list(smaller((64, 512, 512), (4, 4, 4))) == [(64, 256, 256), (64, 128, 128), (64, 64, 64), (32, 64, 64), (16, 64, 64)]
-    assert next(smaller((24, 252, 300), (4, 4, 4))) == (24, 128, 152)
 
 
 # --- the search
@@ -356,40 +312,6 @@ def test_thick_slices_keep_their_resolution():
     assert load_recipe("wavelet3d", found.overrides).model.strides == found.plan["strides"]
     pinned = planner.plan("wavelet3d", (32, 64, 64), 24, ("model.strides=[[2,2,2],[1,2,2]]",), spacing_mm=(0.8, 0.8, 2.5))
     assert pinned.plan["strides"] == ((2, 2, 2), (1, 2, 2))
-
-
-# --- plan.yaml
-
-
-def test_a_plan_file_trains_what_was_planned(tmp_path):
-    found = planner.plan("wavelet3d", SIZE, 24, ("autoencoder.lr=1e-3", "data.window_hu=abdomen", "model.checkpointing=true"))
-    planfile.write_plan(found, tmp_path / "plan.yaml")
-    text = (tmp_path / "plan.yaml").read_text()
-    assert text.startswith("# wavelet3d on 64x128x128")
-    assert planfile.plan_method(tmp_path / "plan.yaml") == "wavelet3d"
-    again = load_recipe("wavelet3d", planfile.plan_overrides(tmp_path / "plan.yaml"))
-    assert again == load_recipe("wavelet3d", found.overrides)
-    assert (again.autoencoder.lr, again.data.window_hu, again.model.checkpointing) == (1e-3, (-50.0, 200.0), True)
-
-
-def test_a_plan_file_can_be_edited_and_damaged(tmp_path):
-    file = tmp_path / "plan.yaml"
-    file.write_text("method: slice2d\nautoencoder.batch: 3\ndata.shape: [4, 64, 64]\n")
-    assert load_recipe(planfile.plan_method(file), planfile.plan_overrides(file)).autoencoder.batch == 3
-    file.write_text("method: wavelet3d\nautoencoder: {batch: 2}\npolish:\n  batch: 1\n")  # sections, as in a recipe
-    edited = load_recipe("wavelet3d", planfile.plan_overrides(file))
-    assert edited == load_recipe("wavelet3d", ["autoencoder.batch=2", "polish.batch=1"])
-    file.write_text("method: wavelet3d\nautoencoder.bach: 2\n")
-    with pytest.raises(ConfigError, match=rf"^{file}: unknown key 'autoencoder.bach', did you mean 'batch'\?"):
-        planfile.plan_overrides(file)
-    file.write_text("method: wavelet\n")
-    with pytest.raises(ConfigError, match=rf"^{file}: unknown method 'wavelet', did you mean 'wavelet3d'\?"):
-        planfile.plan_overrides(file)
-    file.write_text("- 3\n")
-    with pytest.raises(ConfigError, match="not a plan; it has a line `method: NAME`"):
-        planfile.plan_overrides(file)
-    with pytest.raises(ConfigError, match="cannot be read as a plan"):
-        planfile.plan_overrides(tmp_path / "none.yaml")
 
 
 # --- the command

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from ctvae import losses
-from ctvae.config import Wavelet3D, load_recipe
+from ctvae.config import load_recipe
 from ctvae.device import place
 from ctvae.models import build, recompute
 from ctvae.models.blocks import ChannelNorm, ResBlock
 from ctvae.models.recompute import by_slabs, lean, slabs
+from ctvae.networks import Wavelet3D
 from ctvae.planning import dry
 from ctvae.planning.workspace import Kernels
 from ctvae.training import autoencoder

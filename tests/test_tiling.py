@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ctvae.config import Wavelet3D
 from ctvae.models.wavelet3d import Wavelet3DVAE
+from ctvae.networks import Wavelet3D
 from ctvae.tiling import Size3, scaled, tiled, tiles
 
 ONE = (1, 1, 1)

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ctvae import haar
-from ctvae.config import Wavelet3D
 from ctvae.models import build
 from ctvae.models.blocks import ChannelNorm, Conv, ResBlock
 from ctvae.models.wavelet3d import INITIAL_LOGVAR, Wavelet3DVAE, halo
+from ctvae.networks import Wavelet3D
 
 CONFIGS = {
     "two levels": Wavelet3D(strides=((2, 2, 2),) * 2, widths=(4, 8), blocks=(1, 2), latent_channels=3),

@@ -23,13 +23,14 @@ from ctvae.calibration import FILE as CALIBRATION
 from ctvae.calibration import HALO, Calibration, level_of, thinned
 from ctvae.checkpoint import built, file_hash, load
 from ctvae.conditions import Known
-from ctvae.config import Config, Size3, Wavelet3D, load_config, nearest
+from ctvae.config import Config, load_config, nearest
 from ctvae.device import free_bytes, generator, place
 from ctvae.errors import InputError, ModelError
 from ctvae.latents import LatentCode
 from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.wavelet3d import Wavelet3DVAE, halo, tile_bytes
+from ctvae.networks import Size3, Wavelet3D
 from ctvae.planning.sizes import smaller
 from ctvae.priors import CLOSED_FORM
 from ctvae.refine import refined

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ctvae import flow, slabs
 from ctvae.conditions import Known, Told
-from ctvae.config import Prior, Size3, nearest
+from ctvae.config import Prior, nearest
 from ctvae.errors import ConfigError, InputError
 from ctvae.latents import LatentCode
 from ctvae.models.velocity import Velocity
+from ctvae.networks import Size3
 from ctvae.training.prior import Conditioning
 
 MOST_VOXELS = 2**31  # of a volume, as NIfTI files here have at most

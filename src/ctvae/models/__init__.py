@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ctvae.config import Conv3D, Model, Size3, Slice2D, Stack2D
 from ctvae.models.autoencoder import Autoencoder
+from ctvae.networks import Conv3D, Model, Size3, Slice2D, Stack2D
 
 
 def build(cfg: Model, shape: Size3) -> Autoencoder:

@@ -17,10 +17,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ctvae.config import Conv3D, Size3
 from ctvae.errors import ConfigError, DoesNotFit
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.slice2d import start_from_air
+from ctvae.networks import Conv3D, Size3
 
 KERNEL = 4
 LINEAR_LAYERS = 3  # to mean, to log variance, back from the latent

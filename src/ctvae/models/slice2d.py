@@ -14,8 +14,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from ctvae.config import Size3, Slice2D
 from ctvae.models.autoencoder import Autoencoder
+from ctvae.networks import Size3, Slice2D
 
 KERNEL = 4
 AIR = -1.0  # most of a scan: outputs start there rather than crawl to it

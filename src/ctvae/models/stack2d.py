@@ -8,8 +8,8 @@ at each height. One stack of 64 is the research group's first form (`stack2d-sma
 
 from __future__ import annotations
 
-from ctvae.config import Size3, Stack2D
 from ctvae.models.slice2d import ImageStackVAE
+from ctvae.networks import Size3, Stack2D
 
 
 class Stack2DVAE(ImageStackVAE):

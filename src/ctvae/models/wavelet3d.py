@@ -16,11 +16,11 @@ import math
 from torch import Tensor, nn
 
 from ctvae import haar
-from ctvae.config import Size3, Wavelet3D
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.blocks import Conv, ResBlock
 from ctvae.models.recompute import save_memory
 from ctvae.models.tone import Tone
+from ctvae.networks import Size3, Wavelet3D
 
 INITIAL_LOGVAR = -6.0  # posteriors begin narrow: with sigma near 1 the first steps would learn from noise
 

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from ctvae.calibration import Calibration
 from ctvae.checkpoint import EMA
 from ctvae.conditions import OF_GROUP
-from ctvae.config import Config, Model, Prior, Sharpening, Size3, Training, Wavelet3D
+from ctvae.config import Config, Prior, Sharpening, Training
 from ctvae.device import generator
 from ctvae.latents import LatentCode, LatentSet, most_fitted
 from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.discriminator import PatchDiscriminator
 from ctvae.models.wavelet3d import Wavelet3DVAE, halo
+from ctvae.networks import Model, Size3, Wavelet3D
 from ctvae.planning.ledger import Ledger, dry_run, tensor_bytes, to_channels_last
 from ctvae.planning.workspace import Kernels
 from ctvae.training.autoencoder import VALIDATION_GROUPS, Objective, Reconstruction

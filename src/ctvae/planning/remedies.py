@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from ctvae.config import Config, Size3, Training, Wavelet3D
+from ctvae.config import Config, Training
 from ctvae.device import computes_bf16
+from ctvae.networks import Size3, Wavelet3D
 from ctvae.planning import dry
 from ctvae.planning.sizes import smaller, written
 

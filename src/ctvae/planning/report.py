@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ctvae.config import Size3
+from ctvae.networks import Size3
 from ctvae.planning.dry import Stage
 from ctvae.planning.sizes import written
 

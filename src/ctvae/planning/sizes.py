@@ -9,8 +9,8 @@ import math
 import re
 from collections.abc import Iterator
 
-from ctvae.config import Size3
 from ctvae.errors import ConfigError
+from ctvae.networks import Size3
 
 LARGEST_SIDE = 4096
 FEWEST_LATENTS = 4  # along D: fewer, and a latent's surroundings are mostly padding

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ctvae import losses, pictures
 from ctvae.calibration import FILE as CALIBRATION
 from ctvae.checkpoint import EMA, load, save
-from ctvae.config import AutoencoderTraining, Config, Size3
+from ctvae.config import AutoencoderTraining, Config
 from ctvae.device import generator, make_fabric, place
 from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.recompute import summed_by_slabs
+from ctvae.networks import Size3
 from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks, is_first
 from ctvae.runlog import Clock, Curve, Run

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ctvae import files
 from ctvae.checkpoint import write
-from ctvae.config import Config, Size3
+from ctvae.config import Config
 from ctvae.device import batch_indices, generator
 from ctvae.model import Model
+from ctvae.networks import Size3
 from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks
 from ctvae.training.groups import ANYWHERE, BODY_HU

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ctvae import intensity
 from ctvae.conditions import Change
-from ctvae.config import Config, Data, Size3
+from ctvae.config import Config, Data
 from ctvae.dataset import Dataset, Group
 from ctvae.device import batch_indices, generator
 from ctvae.errors import InputError
+from ctvae.networks import Size3
 from ctvae.ranks import ALONE, Ranks
 from ctvae.volume import Volume, block_affine
 

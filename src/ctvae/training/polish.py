@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from ctvae import losses
 from ctvae.checkpoint import EMA, Best
-from ctvae.config import Config, Sharpening, Size3
+from ctvae.config import Config, Sharpening
 from ctvae.device import generator, make_fabric, place
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.discriminator import PatchDiscriminator
 from ctvae.models.wavelet3d import Wavelet3DVAE
+from ctvae.networks import Size3
 from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks
 from ctvae.runlog import Clock, Curve, Run
