@@ -40,8 +40,7 @@ def demo(out: Path | str, *, scans: int = SCANS, minutes: float = TRAINING_MINUT
     with Progress("prepare") as bar:
         prepare(folder / "scans", folder / "dataset", slices=SHAPE[0], seed=SPLIT_SEED, progress=bar.report)
     _say(f"3/5 training for {minutes:g} minutes")
-    # After minutes the flow's samples have nothing to teach the decoder.
-    run = train(folder / "dataset", folder / "run", minutes=minutes, overrides=["finish.enabled=false"])
+    run = train(folder / "dataset", folder / "run", minutes=minutes)
     _say(f"4/5 generating {SYNTHETIC_SCANS} synthetic scans")
     generate(run, folder / "synthetic-flow", count=SYNTHETIC_SCANS)
     generate(run, folder / "synthetic", count=SYNTHETIC_SCANS, prior=PRIOR)

@@ -21,11 +21,12 @@ import torch
 import yaml
 
 from ctvae import intensity
-from ctvae.config import Config, Size3, Wavelet3D, load_recipe, with_overrides
+from ctvae.config import Config, load_recipe, with_overrides
 from ctvae.dataset import Dataset
 from ctvae.device import computes_bf16
 from ctvae.errors import ConfigError, DoesNotFit, InputError
 from ctvae.model import SMALLEST_TILE
+from ctvae.networks import Size3, Wavelet3D
 from ctvae.planning import dry
 from ctvae.planning.dry import TrainingCost
 from ctvae.planning.remedies import Option, keys, options, prior_options
@@ -33,7 +34,7 @@ from ctvae.planning.report import Plan
 from ctvae.planning.sizes import parse_size, smaller, strides_for, written
 from ctvae.planning.workspace import Kernels
 from ctvae.runlog import MEMORY_SETTINGS
-from ctvae.training.pace import TRAINED, shares, steps_for, wants
+from ctvae.training.pace import SHARPENING, TRAINED, shares, steps_for, wants, without_sharpening
 
 MEMORY_KEYS = frozenset(f"{section}.{key}" for section, keys in MEMORY_SETTINGS.items() for key in keys)
 KEPT_FREE = 0.1  # share of the memory that a plan leaves: the prediction's own error, and what else runs
@@ -101,11 +102,14 @@ def weigh(method: str, source: Source, memory_gb: float | None = None, overrides
 def with_hours(found: Plan, hours: float) -> Plan:
     """`found` with steps that take `hours` on this machine, measured: it trains a few steps for real, of both stages.
 
-    Polish and finish get their shares in minutes.
+    Polish and finish get their shares in minutes, or are left out where there are too few.
     """
     cfg = load_recipe(found.method, found.overrides)
-    lengths = steps_for(cfg, hours)
-    timed = {name: share for name, share in shares(cfg, "both").items() if name in ("polish", "finish")}
+    fixed = {text.partition("=")[0] for text in found.overrides}
+    short = [text for text in without_sharpening(cfg, 60 * hours) if text.partition("=")[0] not in fixed]
+    cfg = with_overrides(cfg, short)
+    lengths = [*short, *steps_for(cfg, hours)]
+    timed = {name: share for name, share in shares(cfg, "both").items() if name in SHARPENING}
     lengths += [f"{name}.minutes={60 * hours * share:.4g}" for name, share in timed.items()]
     told = {key.replace(".", "_"): yaml.safe_load(text) for key, _, text in (setting.partition("=") for setting in lengths)}
     kept = [text for text in found.overrides if text.partition("=")[0] not in {text.partition("=")[0] for text in lengths}]

@@ -6,6 +6,9 @@ that the flow drew, of which no original exists. The former are held to their or
 real patches by a patch discriminator and by the means of simple statistics (`moments.py`). Of drawn patches, what is coarser than
 texture is held to what the decoder made of them before the stage, or it would learn to put tissue into air.
 
+Where the game gets out of hand, as with a decoder that is too young for it, reconstructions fall apart within a few dozen steps.
+So the stage ends, and leaves the decoder as it was, once those of held-out groups have lost MOST_LOST_DB.
+
 In the end `finish.kept` of the weights before the stage may be mixed in (Wortsman et al. 2022, robust fine-tuning by weights
 between both): what is gained is along the way, what a long game against statistics leaves behind lies at its end.
 
@@ -15,6 +18,8 @@ Shapes:  B batch   D H W voxels   Z latent channels   d h w latent voxels
 from __future__ import annotations
 
 import math
+import sys
+import time
 from typing import Any
 
 import torch
@@ -25,12 +30,13 @@ from ctvae import losses
 from ctvae.calibration import FILE as CALIBRATION
 from ctvae.calibration import Calibration
 from ctvae.checkpoint import EMA
-from ctvae.config import Config, Size3
+from ctvae.config import Config
 from ctvae.device import generator, make_fabric, place
 from ctvae.model import Model
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.discriminator import PatchDiscriminator
 from ctvae.models.wavelet3d import Decoder, Wavelet3DVAE
+from ctvae.networks import Size3
 from ctvae.progress import Progress
 from ctvae.ranks import ALONE, Ranks
 from ctvae.runlog import Clock, Curve, Run
@@ -46,6 +52,11 @@ from ctvae.training.tone import fit_tone
 
 COARSE = 4  # voxels
 DRAWING = 0.3  # of the stage's minutes at most
+MOST_LOST_DB = 4.0  # of held-out PSNR: finishes that went well lost 1.5, those that ran away 6 to 14 (docs/log.md)
+ASTRAY = (
+    "warning: the finish took reconstructions apart (held-out PSNR {before:.1f} dB before, {after:.1f} dB after {step} steps), "
+    "so the decoder stays as it was; train the autoencoder for longer before it, or try --set finish.lr=2e-5"
+)
 
 
 class FinishedPair(Pair):
@@ -126,6 +137,18 @@ def mix(network: nn.Module, other: dict[str, Tensor], share: float) -> None:
         value.lerp_(other[name].to(value), share)
 
 
+def _drawn(samples: DrawnLatents, model: Model, minutes: float | None) -> float:
+    """The seconds that drawing took: DRAWING of the stage's minutes, or what the fewest take."""
+    start = time.monotonic()
+    samples.draw(model, math.inf if minutes is None else 60 * minutes * DRAWING)
+    return time.monotonic() - start
+
+
+def _minutes_left(minutes: float | None, drawing: float) -> float | None:
+    """For the steps, whose warm-up and decay are shares of them: drawing must not use up the warm-up."""
+    return None if minutes is None else max(minutes - drawing / 60, minutes * (1 - DRAWING))
+
+
 def finish_decoder(
     run: Run, cfg: Config, training: TrainingGroups, validation: TrainingGroups, ranks: Ranks = ALONE
 ) -> None:
@@ -148,25 +171,34 @@ def finish_decoder(
     objective = FinishObjective(network, pair, cfg, ranks, perceptual_term(settings.perceptual), calibration)  # keeps the decoder
     place(objective.before, fabric.device)
     fit_tone(network, training, settings.latent_noise, cfg.seed, ranks)
-    origin = {name: value.clone() for name, value in network.decoder.state_dict().items()} if settings.kept else {}
+    origin = {name: value.clone() for name, value in network.decoder.state_dict().items()}
     ema = EMA(pair, settings.ema_decay)
     optimizer = build_player(network.decoder, settings)
     judge = build_judge(pair.discriminator, settings)
     checkpoints = run.checkpoints("finish")
     meta = checkpoints.resume(pair, ema, optimizer, judge)
     start = ranks.agreed(int(meta["step"]))
-    clock = Clock(settings, settings.steps, settings.minutes, meta.get("seconds", 0.0), ranks)
-    samples.draw(Model(run.folder), math.inf if settings.minutes is None else 60 * settings.minutes * DRAWING)
+    drawing = meta.get("drawing_seconds", 0.0) + _drawn(samples, Model(run.folder), settings.minutes)
+    clock = Clock(settings, settings.steps, _minutes_left(settings.minutes, drawing), meta.get("seconds", 0.0), ranks)
     curve = Curve(run, "finish", start)
     pair.discriminator.requires_grad_(False)  # processes exchange the gradients of what learns in each
     draw, fabric_optimizer = fabric.setup(objective, optimizer)
     pair.discriminator.requires_grad_(True)
     tell, fabric_judge = fabric.setup(DiscriminatorObjective(pair.discriminator, settings, ranks), judge)
     tally = Tally(settings, ranks, meta)
-    step, logged, held_out = start, start, HeldOut()
+    step, logged, held_out, astray = start, start, HeldOut(), False
+    began_db = meta.get("began_db")
+    if began_db is None:
+        began_db = validate(network, validation, run, cfg, "finish").psnr_db
+
+    def lost() -> bool:
+        return held_out.psnr_db < began_db - MOST_LOST_DB
 
     def keep() -> None:
-        checkpoints.save(step, pair, ema, optimizer, {"seconds": clock.seconds, "skipped_steps": tally.skipped}, judge)
+        facts = {"seconds": clock.seconds, "drawing_seconds": drawing, "skipped_steps": tally.skipped}
+        if math.isfinite(began_db):
+            facts["began_db"] = began_db
+        checkpoints.save(step, pair, ema, optimizer, facts, judge)
 
     with Progress("finish", total=settings.steps) as bar, kept_when_memory_runs_out(optimizer, lambda: step, keep):
         while True:
@@ -186,9 +218,10 @@ def finish_decoder(
             if step > start and (last or step % settings.save_every == 0):
                 with ema.applied_to(pair):
                     held_out = validate(network, validation, run, cfg, "finish")
-                if not tally.in_a_row:  # or these weights may be why
+                astray = ranks.told(lost)
+                if not (astray or tally.in_a_row):  # or these weights may be why
                     keep()
-            if last:
+            if last or astray:
                 break
 
             # One step of both on `accumulate` batches: gradients of all of them first, so that what runs out of memory has
@@ -226,11 +259,14 @@ def finish_decoder(
     if not ranks.first:
         return
     pair.load_state_dict(ema.weights)
-    if settings.kept:
-        mix(network.decoder, origin, settings.kept)
+    if astray:
+        print(ASTRAY.format(step=step, before=began_db, after=held_out.psnr_db), file=sys.stderr, flush=True)
+    if share := 1.0 if astray else settings.kept:
+        mix(network.decoder, origin, share)
         held_out = validate(network, validation, run, cfg, "finish")
     figures = {f"finished_{name}": round(value, 3) for name, value in held_out._asdict().items()}
-    save_autoencoder(run, cfg, network, training.shape, {**noted, "finish_steps": step, **figures})
-    run.finish_stage("finish", steps=step, seconds=round(clock.seconds), skipped_steps=tally.skipped, **figures)
+    save_autoencoder(run, cfg, network, training.shape, {**noted, "finish_steps": 0 if astray else step, **figures})
+    seconds = round(drawing + clock.seconds)
+    run.finish_stage("finish", steps=step, astray=astray, seconds=seconds, skipped_steps=tally.skipped, **figures)
     checkpoints.clear()
     samples.clear()

@@ -23,7 +23,10 @@ from ctvae.training.optimizer import build_optimizer
 from ctvae.training.prior import Conditioning, FlowObjective, build_velocity, fit_wiener, flow_batches, to_device
 
 SHARES = {"autoencoder": 0.8, "prior": 0.2}  # of the time for all stages; vector priors are quick
-SPATIAL_SHARES = {"autoencoder": 0.3, "polish": 0.12, "prior": 0.58, "finish": 0.15}
+SPATIAL_SHARES = {"autoencoder": 0.5, "prior": 0.5}
+SHARPENED_SHARES = {"autoencoder": 0.3, "polish": 0.12, "prior": 0.58, "finish": 0.15}
+SHARPENING = ("polish", "finish")
+FEWEST_STEPS = 1000  # of an autoencoder that is worth sharpening: a young decoder goes to pieces in that game (docs/log.md)
 STAGES = {"autoencoder": ("autoencoder", "polish"), "prior": ("prior",), "finish": ("finish",)}
 TRAINED = ("autoencoder", "polish", "prior", "finish")
 STAGES |= {"calibration": ("calibration",), "both": (*TRAINED, "calibration")}
@@ -33,7 +36,7 @@ FEW_LATENTS = 4
 
 def shares(cfg: Config, stage: str) -> dict[str, float]:
     """Of the training time of `stage`, one of STAGES, by section of the settings."""
-    known = SPATIAL_SHARES if cfg.polish.enabled or cfg.finish.enabled else SHARES
+    known = SHARPENED_SHARES if _sharpened(cfg) else SPATIAL_SHARES if cfg.model.kind == "wavelet3d" else SHARES
     wanted = [name for name in STAGES[stage] if name in known and wants(cfg, name)]
     total = sum(known[name] for name in wanted)
     return {name: known[name] / total for name in wanted}
@@ -42,6 +45,22 @@ def shares(cfg: Config, stage: str) -> dict[str, float]:
 def wants(cfg: Config, stage: str) -> bool:
     """Whether the settings have this stage at all."""
     return getattr(getattr(cfg, stage), "enabled", True)
+
+
+def _sharpened(cfg: Config) -> bool:
+    return any(wants(cfg, name) for name in SHARPENING)
+
+
+def without_sharpening(cfg: Config, minutes: float, stage: str = "both") -> list[str]:
+    """As settings: no polish and no finish, where `minutes` of `stage` are too few for an autoencoder that either would help.
+
+    None where they are enough, or where it does not train an autoencoder. Measures a step.
+    """
+    sharpening = [name for name in SHARPENING if name in STAGES[stage] and wants(cfg, name)]
+    if "autoencoder" not in STAGES[stage] or not sharpening:
+        return []
+    steps = 60 * minutes * shares(cfg, stage)["autoencoder"] / autoencoder_step_seconds(cfg)
+    return [f"{name}.enabled=false" for name in sharpening] if steps < FEWEST_STEPS else []
 
 
 def steps_for(cfg: Config, hours: float, stage: str = "both") -> list[str]:

@@ -14,15 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ctvae import planner
-from ctvae.config import Config, Wavelet3D, load_config, load_recipe, with_overrides
+from ctvae.config import Config, load_config, load_recipe, with_overrides
 from ctvae.dataset import Dataset
 from ctvae.errors import ConfigError, DoesNotFit
+from ctvae.networks import Wavelet3D
 from ctvae.planning import planfile
 from ctvae.planning.remedies import next_smaller
 from ctvae.planning.sizes import written
 from ctvae.training import start
 from ctvae.training.groups import training_shape
-from ctvae.training.pace import STAGES, TRAINED, steps_for, wants
+from ctvae.training.pace import STAGES, TRAINED, steps_for, wants, without_sharpening
 
 SURELY_BYTES = 16_384  # per voxel of a batch: thirty times what any recipe takes. With less than that there is a plan to make
 SURELY_GB = 1.0  # and this for weights and the prior
@@ -97,6 +98,16 @@ def smaller(settled: Settled, asked: Asked, stage: str) -> Settled | None:
         return None
     planned = _merged(settled.planned, option.changes)
     return Settled(with_overrides(settled.cfg, option.changes), planned, option.label)
+
+
+def for_minutes(settled: Settled, minutes: float, stage: str, asked: Asked) -> Settled:
+    """Without the sharpening that `minutes` are too few for, unless somebody set it or the weights are a trained model's."""
+    changes = [] if asked.start else without_sharpening(_share(settled.cfg, asked.processes), minutes, stage)
+    changes = [text for text in changes if _key(text) not in asked.pinned]
+    if not changes:
+        return settled
+    note = f"{minutes:.3g} minutes are too few to sharpen the decoder: autoencoder and prior get them all ({', '.join(changes)})"
+    return Settled(with_overrides(settled.cfg, changes), _merged(settled.planned, changes), note)
 
 
 def with_hours(settled: Settled, hours: float, stage: str, processes: int = 1) -> Settled:

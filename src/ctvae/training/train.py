@@ -34,7 +34,7 @@ from ctvae.training.pace import STAGES, shares, wants
 from ctvae.training.perceptual import perceptual_term
 from ctvae.training.polish import polish_decoder
 from ctvae.training.prior import train_prior
-from ctvae.training.settings import HOURS_KEYS, Asked, Settled, chosen, refuse_uneven, settle, smaller, with_hours
+from ctvae.training.settings import HOURS_KEYS, Asked, Settled, chosen, for_minutes, refuse_uneven, settle, smaller, with_hours
 from ctvae.training.start import begin, started, take_autoencoder
 
 CONDITIONS_FILE = "conditions.json"  # in the run folder: a user's columns by group
@@ -95,12 +95,17 @@ def _settled(
     """The run's settings; says what was planned."""
     if hours is not None and asked.pinned & HOURS_KEYS:
         raise ConfigError(f"hours {hours:g} set the steps; leave out --set {min(asked.pinned & HOURS_KEYS)}")
+    begun = (folder / "config.yaml").exists()
     settled = settle(data, folder, asked)
     refuse_uneven(settled.cfg, stage, asked.processes)
     if settled.note:
         say(f"plan: {settled.note} ({chosen(settled.cfg)})")
+    minutes = minutes if hours is None else 60 * hours
+    if minutes is not None and not begun and (short := for_minutes(settled, minutes, stage, asked)) is not settled:
+        say(f"plan: {short.note}")
+        settled = short
     if hours is not None:
-        settled, minutes = with_hours(settled, hours, stage, asked.processes), 60 * hours
+        settled = with_hours(settled, hours, stage, asked.processes)
     return replace(settled, cfg=_timed(settled.cfg, stage, minutes))
 
 
