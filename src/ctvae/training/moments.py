@@ -43,7 +43,7 @@ MOST_OFF = 3.0  # spreads, beyond which nothing pulls harder
 RATE = 0.01  # of the multipliers, a step
 MOST_DUE = 3.0  # of a multiplier: with 20, 3,000 steps made outlines dissolve
 DECAY = 0.97
-FEWEST = 5  # batches before anything is compared
+FEWEST = 100  # batches before anything is compared: means of a few are chance, which pulls one wrong way for dozens of steps
 
 
 class Moments(nn.Module):
