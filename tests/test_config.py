@@ -6,20 +6,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ctvae.config import (
-    RECIPES,
-    WINDOW_PRESETS_HU,
-    Config,
-    Conv3D,
-    Slice2D,
-    Stack2D,
-    Wavelet3D,
-    dump_config,
-    load_config,
-    load_recipe,
-    recipe_names,
-)
+from ctvae.config import RECIPES, WINDOW_PRESETS_HU, Config, dump_config, load_config, load_recipe, recipe_names
 from ctvae.errors import ConfigError
+from ctvae.networks import Conv3D, Slice2D, Stack2D, Wavelet3D
 
 METHODS = ["wavelet3d", "conv3d", "slice2d", "stack2d-large", "stack2d-small"]
 
