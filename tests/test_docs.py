@@ -194,6 +194,8 @@ def given(tmp_path_factory) -> Path:
     patients = sorted({group.patient for group in Dataset.open(folder / "dataset").groups("train")})
     rows = [f"{patient},{50 + 3 * n},{'FM'[n % 2]}" for n, patient in enumerate(patients)]
     (folder / "table.csv").write_text("\n".join(["patient,age,sex", *rows]))
+    views = [f"{patient},{('whole', 'cut')[n % 2]}" for n, patient in enumerate(patients)]
+    (folder / "views.csv").write_text("\n".join(["patient,view", *views]))
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
     (folder / "docs").symlink_to(ROOT / "docs")
     return folder
