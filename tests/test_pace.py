@@ -9,6 +9,7 @@ import pytest
 
 from ctvae import planner
 from ctvae.config import Config, load_config, load_recipe
+from ctvae.errors import ConfigError
 from ctvae.training import pace, settings
 from ctvae.training.train import train
 
@@ -102,3 +103,11 @@ def test_a_plan_for_few_hours_leaves_it_out_too(monkeypatch):
     long = load_recipe("wavelet3d", planner.with_hours(found, 10).overrides)
     assert long.polish.enabled
     assert long.finish.minutes == pytest.approx(600 * 0.15 / 1.15, rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["finish", "calibration"])
+def test_a_stage_that_the_settings_leave_out_is_refused(stage, tiny_dataset, tiny_run, tiny_settings):
+    before = (tiny_run / "run.json").read_bytes()
+    with pytest.raises(ConfigError, match=rf"^{stage}: these settings have none \({stage}\.enabled=false\); begin another run"):
+        train(tiny_dataset, tiny_run, stage=stage, overrides=tiny_settings)
+    assert (tiny_run / "run.json").read_bytes() == before

@@ -81,7 +81,7 @@ class Calibration:
 
         `level`: of the whole volume (`level_of`, of what is toned); none, as of a patch: soft tissue stays where it is.
         """
-        return self.applied(raw, toned, Places.of(toned.detach(), self.soft), level)
+        return self.applied(raw, toned, Places.of(toned, self.soft), level)
 
     def applied(self, raw: Tensor, toned: Tensor, where: Places, level: float | None = None) -> Tensor:
         """The same where the places are known."""
@@ -205,7 +205,7 @@ def _lungs(examples: Sequence[Example], soft: Window) -> Calibration:
 
 def level_of(x: Tensor, soft: Window) -> float | None:
     """The median of a volume's values in the middle of the soft tissue window; none where it has none."""
-    values, middle, reach = thinned(x.detach()), (soft[0] + soft[1]) / 2, MIDDLE * (soft[1] - soft[0]) / 2
+    values, middle, reach = thinned(x), (soft[0] + soft[1]) / 2, MIDDLE * (soft[1] - soft[0]) / 2
     values = values[(values - middle).abs() < reach]
     return float(values.median()) if len(values) else None
 

@@ -1,7 +1,7 @@
 """One frozen, typed tree that says everything about a run. Defaults are the recommended recipe.
 
     Config
-    ├── model         which autoencoder: Slice2D | Stack2D | Conv3D | Wavelet3D, told apart by `kind`
+    ├── model         which autoencoder: Slice2D | Stack2D | Conv3D | Wavelet3D, told apart by `kind` (networks.py)
     ├── data          intensity window, grid, patch
     ├── autoencoder   how the autoencoder is trained
     ├── polish        how its decoder is sharpened; finish and calibration likewise

@@ -105,8 +105,7 @@ def with_hours(found: Plan, hours: float) -> Plan:
     Polish and finish get their shares in minutes, or are left out where there are too few.
     """
     cfg = load_recipe(found.method, found.overrides)
-    fixed = {text.partition("=")[0] for text in found.overrides}
-    short = [text for text in without_sharpening(cfg, 60 * hours) if text.partition("=")[0] not in fixed]
+    short = without_sharpening(cfg, 60 * hours, pinned={text.partition("=")[0] for text in found.overrides})
     cfg = with_overrides(cfg, short)
     lengths = [*short, *steps_for(cfg, hours)]
     timed = {name: share for name, share in shares(cfg, "both").items() if name in SHARPENING}

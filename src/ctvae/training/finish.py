@@ -176,7 +176,7 @@ def finish_decoder(
     objective = FinishObjective(network, pair, cfg, ranks, perceptual_term(settings.perceptual), calibration)  # keeps the decoder
     place(objective.before, fabric.device)
     fit_tone(network, training, settings.latent_noise, cfg.seed, ranks)
-    origin = {name: value.clone() for name, value in network.decoder.state_dict().items()}
+    origin = {name: value.to("cpu", copy=True) for name, value in network.decoder.state_dict().items()}
     ema = EMA(pair, settings.ema_decay)
     optimizer = build_player(network.decoder, settings)
     judge = build_judge(pair.discriminator, settings)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ SHARES = {"autoencoder": 0.8, "prior": 0.2}  # of the time for all stages; vecto
 SPATIAL_SHARES = {"autoencoder": 0.5, "prior": 0.5}
 SHARPENED_SHARES = {"autoencoder": 0.3, "polish": 0.12, "prior": 0.58, "finish": 0.15}
 SHARPENING = ("polish", "finish")
-FEWEST_STEPS = 1000  # of an autoencoder that is worth sharpening: a young decoder goes to pieces in that game (docs/log.md)
+FEWEST_STEPS = 1000  # of an autoencoder that is worth sharpening: before, all time is better spent on it and on the prior
 STAGES = {"autoencoder": ("autoencoder", "polish"), "prior": ("prior",), "finish": ("finish",)}
 TRAINED = ("autoencoder", "polish", "prior", "finish")
 STAGES |= {"calibration": ("calibration",), "both": (*TRAINED, "calibration")}
@@ -51,16 +51,16 @@ def _sharpened(cfg: Config) -> bool:
     return any(wants(cfg, name) for name in SHARPENING)
 
 
-def without_sharpening(cfg: Config, minutes: float, stage: str = "both") -> list[str]:
+def without_sharpening(cfg: Config, minutes: float, stage: str = "both", pinned: Collection[str] = ()) -> list[str]:
     """As settings: no polish and no finish, where `minutes` of `stage` are too few for an autoencoder that either would help.
 
-    None where they are enough, or where it does not train an autoencoder. Measures a step.
+    None where they are enough, where it does not train an autoencoder, and of those that are `pinned`. Measures a step.
     """
-    sharpening = [name for name in SHARPENING if name in STAGES[stage] and wants(cfg, name)]
-    if "autoencoder" not in STAGES[stage] or not sharpening:
+    ours = [name for name in SHARPENING if name in STAGES[stage] and wants(cfg, name) and f"{name}.enabled" not in pinned]
+    if "autoencoder" not in STAGES[stage] or not ours:
         return []
     steps = 60 * minutes * shares(cfg, stage)["autoencoder"] / autoencoder_step_seconds(cfg)
-    return [f"{name}.enabled=false" for name in sharpening] if steps < FEWEST_STEPS else []
+    return [f"{name}.enabled=false" for name in ours] if steps < FEWEST_STEPS else []
 
 
 def steps_for(cfg: Config, hours: float, stage: str = "both") -> list[str]:

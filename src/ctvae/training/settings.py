@@ -102,11 +102,10 @@ def smaller(settled: Settled, asked: Asked, stage: str) -> Settled | None:
 
 def for_minutes(settled: Settled, minutes: float, stage: str, asked: Asked) -> Settled:
     """Without the sharpening that `minutes` are too few for, unless somebody set it or the weights are a trained model's."""
-    changes = [] if asked.start else without_sharpening(_share(settled.cfg, asked.processes), minutes, stage)
-    changes = [text for text in changes if _key(text) not in asked.pinned]
+    changes = [] if asked.start else without_sharpening(_share(settled.cfg, asked.processes), minutes, stage, asked.pinned)
     if not changes:
         return settled
-    note = f"{minutes:.3g} minutes are too few to sharpen the decoder: autoencoder and prior get them all ({', '.join(changes)})"
+    note = f"{minutes:.3g} minutes are too few to sharpen the decoder as well ({', '.join(changes)})"
     return Settled(with_overrides(settled.cfg, changes), _merged(settled.planned, changes), note)
 
 
@@ -118,6 +117,15 @@ def with_hours(settled: Settled, hours: float, stage: str, processes: int = 1) -
         return settled
     steps = [text for text in steps_for(_share(settled.cfg, processes), hours, stage) if _key(text) not in known]
     return Settled(with_overrides(settled.cfg, steps), _merged(settled.planned, steps), settled.note)
+
+
+def refuse_unwanted(cfg: Config, stage: str) -> None:
+    """Raises ConfigError where `stage` is one that these settings leave out: nothing would be done, without a word."""
+    if not any(wants(cfg, name) for name in STAGES[stage]):
+        raise ConfigError(
+            f"{stage}: these settings have none ({stage}.enabled=false); begin another run from this one, "
+            f"with --from and --set {stage}.enabled=true"
+        )
 
 
 def refuse_uneven(cfg: Config, stage: str, processes: int) -> None:

@@ -34,7 +34,18 @@ from ctvae.training.pace import STAGES, shares, wants
 from ctvae.training.perceptual import perceptual_term
 from ctvae.training.polish import polish_decoder
 from ctvae.training.prior import train_prior
-from ctvae.training.settings import HOURS_KEYS, Asked, Settled, chosen, for_minutes, refuse_uneven, settle, smaller, with_hours
+from ctvae.training.settings import (
+    HOURS_KEYS,
+    Asked,
+    Settled,
+    chosen,
+    for_minutes,
+    refuse_uneven,
+    refuse_unwanted,
+    settle,
+    smaller,
+    with_hours,
+)
 from ctvae.training.start import begin, started, take_autoencoder
 
 CONDITIONS_FILE = "conditions.json"  # in the run folder: a user's columns by group
@@ -97,6 +108,7 @@ def _settled(
         raise ConfigError(f"hours {hours:g} set the steps; leave out --set {min(asked.pinned & HOURS_KEYS)}")
     begun = (folder / "config.yaml").exists()
     settled = settle(data, folder, asked)
+    refuse_unwanted(settled.cfg, stage)
     refuse_uneven(settled.cfg, stage, asked.processes)
     if settled.note:
         say(f"plan: {settled.note} ({chosen(settled.cfg)})")
