@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy import ndimage
 
+from ctvae.calibration import Calibration, Places
 from ctvae.checkpoint import Checkpoints, load
 from ctvae.config import load_config, load_recipe, with_overrides
 from ctvae.errors import ConfigError, ModelError
 from ctvae.generate import load as load_model
 from ctvae.models import build
 from ctvae.models.discriminator import PatchDiscriminator
-from ctvae.models.tone import Tone
+from ctvae.models.tone import KNOTS, Tone
+from ctvae.ranks import ALONE
 from ctvae.runlog import Clock
 from ctvae.training import finish
 from ctvae.training.autoencoder import HeldOut
 from ctvae.training.drawn import SEED, DrawnLatents
 from ctvae.training.train import train
+
+SOFT = (-0.16, 0.24)
 
 
 class Stopped(Exception):
@@ -196,23 +203,63 @@ def test_coarse_differences_do_not_see_texture_but_speckle_in_air():
     torch.testing.assert_close(shallow, torch.tensor(0.1))
 
 
-def test_drawn_patches_are_held_to_what_they_were(tiny_run):
-    """The decoder as it was when the objective was made, whatever the one that learns has become."""
+def objective_of(tiny_run, calibration=None):
     cfg = load_config(tiny_run / "config.yaml")
     torch.manual_seed(0)
     network = build(cfg.model, cfg.data.shape)
-    pair = finish.FinishedPair(network.decoder, PatchDiscriminator(4, (-0.2, 0.2)), (-0.2, 0.2))
-    objective = finish.FinishObjective(network, pair, cfg)
-    x, drawn = torch.zeros(1, 1, *cfg.data.shape), torch.randn(1, *network.latent_shape)
+    pair = finish.FinishedPair(network.decoder, PatchDiscriminator(4, SOFT), SOFT)
+    return finish.FinishObjective(network, pair, cfg, calibration=calibration)
+
+
+def test_both_sides_are_held_to_what_the_decoder_made_of_them(tiny_run):
+    """The decoder as it was when the objective was made, whatever the one that learns has become."""
+    objective = objective_of(tiny_run)
+    network, shape = objective.network, load_config(tiny_run / "config.yaml").data.shape
+    x, drawn = torch.zeros(1, 1, *shape), torch.randn(1, *network.latent_shape)
     *_, terms = objective(x, drawn, torch.Generator().manual_seed(1))
     assert terms["anchor"] < 1e-6
-    before = network.decode(drawn).detach()
+    z = torch.cat((finish.noisy_latents(network, x, objective.cfg.latent_noise, torch.Generator().manual_seed(1), ALONE), drawn))
+    before = network.decoder.raw(z).detach()
     with torch.no_grad():
         for parameter in network.decoder.parameters():
             parameter += 0.01 * torch.randn(parameter.shape)
-    _, y, terms = objective(x, drawn, torch.Generator().manual_seed(1))
-    torch.testing.assert_close(terms["anchor"], finish.coarse_difference(y[1:], before))
+    *_, terms = objective(x, drawn, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(terms["anchor"], finish.coarse_difference(network.decoder.raw(z), before))
     assert not any(p.requires_grad for p in objective.before.parameters())
+
+
+def test_losses_see_what_comes_out_in_the_end_and_move_soft_tissue_alone(tiny_run, monkeypatch):
+    """Gradients are those of the decoder's own curve, and none where the calibration has one."""
+    nothing = Calibration.nothing(SOFT)
+    calibration = dataclasses.replace(nothing, rim=torch.full((KNOTS,), -0.4), sigma=0.5, gain=0.7)
+    objective = objective_of(tiny_run, calibration)
+    grain = ndimage.gaussian_filter(np.random.default_rng(0).standard_normal((48, 32, 32)), (3, 2, 2))
+    raw = torch.from_numpy(0.5 * grain / grain.std() - 0.7).float().clamp(-1, 0.3)[None, None].requires_grad_()
+    tone = objective.network.decoder.tone
+    monkeypatch.setattr(type(objective.network.decoder), "raw", lambda self, z: raw)
+    _, made, held = objective._decoded(torch.zeros(1, *objective.network.latent_shape))
+    torch.testing.assert_close(made, calibration(raw, tone(raw)))
+    where = Places.of(tone(raw).detach(), SOFT)
+    soft = ~(where.empty | where.rim | where.lung | where.cavity)
+    assert all(place.any() for place in (where.empty, where.rim, where.lung, where.cavity, soft))
+    assert torch.equal(held, ~soft)
+    (found,) = torch.autograd.grad(made.square().sum(), raw)
+    (exact,) = torch.autograd.grad((tone(raw) * 2 * made.detach() * soft).sum(), raw)
+    torch.testing.assert_close(found, exact)
+    assert found[soft].abs().min() > 0
+
+
+def test_where_the_calibration_has_the_say_no_voxel_moves(tiny_run, monkeypatch):
+    """Elsewhere means of 4x4x4 voxels are held alone: texture may change there, and would grow in what is smoothed after."""
+    objective = objective_of(tiny_run, Calibration.nothing(SOFT))
+    shape = (16, 16, 16)
+    texture = 0.1 * (torch.arange(16) % 2 * 2.0 - 1).expand(1, 1, *shape)
+    for value, moved in ((0.1, 0.0), (-0.8, 0.1)):  # soft tissue; all of it dark: a cavity
+        before = torch.full((1, 1, *shape), value)
+        monkeypatch.setattr(type(objective.network.decoder), "raw", lambda *_, of=before: of + texture)
+        raw, _, held = objective._decoded(torch.zeros(1, *objective.network.latent_shape))
+        assert held.all() == (moved > 0)
+        torch.testing.assert_close(objective.anchor(raw, before, held), torch.tensor(moved))
 
 
 def test_it_needs_a_prior(tiny_dataset, tiny_settings, tmp_path):

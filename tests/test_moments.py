@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from ctvae.calibration import level_of
 from ctvae.training import moments as moments_module
 from ctvae.training.moments import AIR, AIR_BINS, BINS, CELL, FEWEST, LAGS, LEVELS, SMALL, SOFT_BINS, Moments, statistics
 
@@ -30,7 +31,8 @@ FAINT_BANDS = slice(BY_PLACE.start - 14, BY_PLACE.start)
 STEPS = slice(FAINT_BANDS.start - 3 * (len(LAGS) + len(SMALL)), FAINT_BANDS.start)
 
 
-def test_shares_are_a_cumulative_histogram_of_cells_that_are_not_empty():
+def test_shares_are_a_cumulative_histogram_of_cells_that_are_not_empty(monkeypatch):
+    monkeypatch.setattr(moments_module, "_to_the_middle", lambda x, soft: 0.0)
     centres = torch.linspace(-1, 1, BINS)
     x = centres[torch.randint(BINS, (1, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0))]
     found = statistics(torch.cat((x, torch.full_like(x, -1.0)), dim=2), SOFT)[SHARES].numpy()
@@ -77,6 +79,21 @@ def test_soft_tissue_has_a_finer_histogram():
     half = (high - low) / (SOFT_BINS - 1) / 2
     exact = np.histogram(inside, bins=SOFT_BINS, range=(low - half, high + half))[0][::-1].cumsum()[::-1] / inside.size
     np.testing.assert_allclose(found, exact[1:], atol=0.02)  # shared by the nearest two, where numpy gives all to one
+
+
+def test_histograms_do_not_see_the_level_of_a_patch():
+    """Soft tissue is as wide as in a patch, not as in all of them together: a contrast agent moves it as a whole."""
+    x, middle = patches(4, 0.2, (1, 1, 16, 16, 16)) - 0.01, sum(SOFT) / 2
+    bone = torch.where(patches(5, 1.0, x.shape) > 0.35, 0.8, x)
+    moved = torch.where(bone == 0.8, bone, x + 0.03)
+    histograms = [slice(SHARES.start, SHARES.stop), slice(BANDS.stop + 7 * LEVELS, BANDS.stop + 7 * LEVELS + SOFT_BINS - 1)]
+    for part in histograms:
+        torch.testing.assert_close(statistics(moved, SOFT)[part], statistics(bone, SOFT)[part], atol=2e-3, rtol=0)
+    shift = moments_module._to_the_middle(torch.cat((bone, moved)), SOFT)
+    off = torch.tensor([abs(middle - level_of(patch, SOFT)) for patch in (bone, moved)])
+    torch.testing.assert_close(shift.abs().amax((1, 2, 3, 4)), off, atol=1e-6, rtol=0)
+    assert torch.equal(shift[bone.repeat(2, 1, 1, 1, 1) == 0.8], torch.zeros(2 * int((bone == 0.8).sum())))
+    assert not moments_module._to_the_middle(torch.full_like(x, -1.0), SOFT).any()
 
 
 def test_it_does_not_matter_how_much_of_a_patch_is_air():

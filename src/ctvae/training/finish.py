@@ -3,8 +3,9 @@
 Until here the decoder has seen latents of real scans alone. A prior's samples are a little off, and what comes of them is softer,
 or has texture that no scan has. Here half of each batch is patches of real scans, reconstructed, and half is patches of latents
 that the flow drew, of which no original exists. The former are held to their originals (`polish.py`'s losses); both are held to
-real patches by a patch discriminator and by the means of simple statistics (`moments.py`). Of drawn patches, what is coarser than
-texture is held to what the decoder made of them before the stage, or it would learn to put tissue into air.
+real patches by a patch discriminator and by the means of simple statistics (`moments.py`). What is coarser than texture is held
+to what the decoder made before the stage, or it would learn to put tissue into air. Where the calibration has curves of its own,
+in empty air, rims, lungs and cavities, each voxel is, and no other loss has a say: that is not the decoder's to mend.
 
 Where the game gets out of hand, as with a decoder that is too young for it, reconstructions fall apart within a few dozen steps.
 So the stage ends, and leaves the decoder as it was, once those of held-out groups have lost MOST_LOST_DB.
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from ctvae import losses
 from ctvae.calibration import FILE as CALIBRATION
-from ctvae.calibration import Calibration
+from ctvae.calibration import Calibration, Places
 from ctvae.checkpoint import EMA
 from ctvae.config import Config
 from ctvae.device import generator, make_fabric, place
@@ -93,7 +94,8 @@ class FinishObjective(nn.Module):
         and the loss terms."""
         cfg, pair, network = self.cfg, self.pair, self.network
         encoded = noisy_latents(network, x, cfg.latent_noise, random, self.ranks)
-        y = self._decoded(network.decoder, torch.cat((encoded, drawn.to(encoded.dtype))))
+        z = torch.cat((encoded, drawn.to(encoded.dtype)))
+        raw, y, held = self._decoded(z)
         x, y = within(x, self.margin), within(y, self.margin)
         again, made = y.chunk(2)
         logits, fake = pair.discriminator(y)
@@ -106,24 +108,35 @@ class FinishObjective(nn.Module):
         }
         if cfg.anchor_weight:
             with torch.no_grad():
-                before = within(self._decoded(self.before, drawn.to(encoded.dtype)), self.margin)
-            terms["anchor"] = cfg.anchor_weight * coarse_difference(made, before)
+                before = self.before.raw(z)
+            terms["anchor"] = cfg.anchor_weight * self.anchor(raw, before, held)
         if self.perceptual is not None:
             terms["perceptual"] = cfg.perceptual_weight * self.perceptual(again, x, random)
         return x, y, {**self.reconstruction(again, x), **terms}
 
-    def _decoded(self, decoder: Any, z: Tensor) -> Tensor:
-        """As in use, where it is calibrated: or losses ask the decoder for what it need not do. [B Z d h w] -> [B 1 D H W]
+    def anchor(self, raw: Tensor, before: Tensor, held: Tensor) -> Tensor:
+        """How far what is decoded has moved: means of COARSE voxels anywhere, and each voxel that is `held`. [B 1 D H W] each."""
+        moved = within((raw - before) * held, self.margin).abs().mean()
+        return moved + coarse_difference(within(raw, self.margin), within(before, self.margin))
 
-        Gradients pass as if it added what it adds (straight through; Bengio et al. 2013): its curves jump from air to tissue,
-        and their slopes there took decoders apart within 40 steps.
+    def _decoded(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Before all curves; as in use, calibrated where it is; and where the calibration has the say: [B 1 D H W] each.
+
+        There, in empty air, rims, lungs and cavities, no gradients pass: it smooths and has curves that jump, so what losses ask
+        for has no effect and is asked for again. Elsewhere they pass as if it added what it adds (straight through; Bengio et al.
+        2013).
         """
-        if self.calibration is None:
-            return decoder(z).float()  # type: ignore[no-any-return]
+        decoder: Any = self.network.decoder
         raw = decoder.raw(z)
         with torch.autocast(raw.device.type, enabled=False):
             toned = raw if decoder.tone is None else decoder.tone(raw)
-            return toned + (self.calibration(raw.detach(), toned.detach()) - toned.detach())  # type: ignore[no-any-return]
+            if self.calibration is None:
+                return raw, toned, torch.zeros_like(raw, dtype=torch.bool)
+            fixed = toned.detach()
+            places = Places.of(fixed, self.calibration.soft)
+            held = places.empty | places.rim | places.lung | places.cavity
+            added = self.calibration.applied(raw.detach(), fixed, places) - fixed
+            return raw, torch.where(held, fixed, toned) + added, held
 
 
 def coarse_difference(a: Tensor, b: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ Shapes:  B batch   D H W voxels in -1..1   K statistics
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctvae import haar
-from ctvae.calibration import highest
+from ctvae.calibration import MIDDLE, highest, softness
 
 BINS = 40
 SOFT_BINS = 41  # 10 HU each from -160 to 240 HU: fat and muscle are narrow peaks
@@ -112,10 +113,12 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     inside = (x.detach() > AIR).float()
     window = x.clamp(low, high) * (2 / (high - low))
     scaled = window - (low + high) / (high - low)  # -1..1
+    level = x + _to_the_middle(x.detach(), soft)
+    even = (level.clamp(low, high) - (low + high) / 2) * (2 / (high - low))  # -1..1
     most, least = F.max_pool3d(x.detach(), CELL), -F.max_pool3d(-x.detach(), CELL)
     filled = _voxels((most > EMPTY).float())
-    shares = _above(x, BINS, filled)[AIR_BINS:] / _size(filled)
-    fine = _above(scaled, SOFT_BINS, inside)[1:] / _size(inside)
+    shares = _above(level, BINS, filled)[AIR_BINS:] / _size(filled)
+    fine = _above(even, SOFT_BINS, inside)[1:] / _size(inside)
     faint, tissue = ((most > FAINT[0]) & (most < FAINT[1])).float(), (least > low).float()  # [B 1 d h w] cells
     mean = F.avg_pool3d(x.detach(), CELL)
     return torch.cat([
@@ -123,6 +126,13 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
         _bands(x, _voxels(faint), 2), _steps_by_place(scaled / 2, (x.detach() > low).float()),
         _steps_by_tissue(scaled / 2, mean), _mean_cell(x, faint), _mean_cell(window, tissue), _steps_in_even(x, scaled / 2, soft),
     ])  # fmt: skip
+
+
+def _to_the_middle(x: Tensor, soft: tuple[float, float]) -> Tensor:
+    """What takes each patch's own level of soft tissue, its median there, to the middle of the window: [B 1 D H W]"""
+    middle, reach = (soft[0] + soft[1]) / 2, MIDDLE * (soft[1] - soft[0]) / 2
+    levels = torch.where((x - middle).abs() < reach, x, math.nan).flatten(1).nanmedian(1).values  # [B]
+    return (middle - levels).nan_to_num(0.0).view(-1, 1, 1, 1, 1) * softness(x, soft)
 
 
 def _above(x: Tensor, bins: int, weight: Tensor) -> Tensor:
