@@ -239,9 +239,9 @@ def test_losses_see_what_comes_out_in_the_end_and_move_soft_tissue_alone(tiny_ru
     monkeypatch.setattr(type(objective.network.decoder), "raw", lambda self, z: raw)
     _, made, held = objective._decoded(torch.zeros(1, *objective.network.latent_shape))
     torch.testing.assert_close(made, calibration(raw, tone(raw)))
-    where = Places.of(tone(raw).detach(), SOFT)
-    soft = ~(where.empty | where.rim | where.lung | where.cavity)
-    assert all(place.any() for place in (where.empty, where.rim, where.lung, where.cavity, soft))
+    where, bone = Places.of(tone(raw).detach(), SOFT), tone(raw) > SOFT[1]
+    soft = ~(where.empty | where.rim | where.lung | where.cavity | bone)
+    assert all(place.any() for place in (where.empty, where.rim, where.lung, where.cavity, bone, soft))
     assert torch.equal(held, ~soft)
     (found,) = torch.autograd.grad(made.square().sum(), raw)
     (exact,) = torch.autograd.grad((tone(raw) * 2 * made.detach() * soft).sum(), raw)

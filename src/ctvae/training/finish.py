@@ -4,8 +4,8 @@ Until here the decoder has seen latents of real scans alone. A prior's samples a
 or has texture that no scan has. Here half of each batch is patches of real scans, reconstructed, and half is patches of latents
 that the flow drew, of which no original exists. The former are held to their originals (`polish.py`'s losses); both are held to
 real patches by a patch discriminator and by the means of simple statistics (`moments.py`). What is coarser than texture is held
-to what the decoder made before the stage, or it would learn to put tissue into air. Where the calibration has curves of its own,
-in empty air, rims, lungs and cavities, each voxel is, and no other loss has a say: that is not the decoder's to mend.
+to what the decoder made before the stage, or it would learn to put tissue into air. Where a calibration sees to it, in empty air,
+rims, lungs, cavities and bone, each voxel is, and no other loss has a say: what learns there is soft tissue alone.
 
 Where the game gets out of hand, as with a decoder that is too young for it, reconstructions fall apart within a few dozen steps.
 So the stage ends, and leaves the decoder as it was, once those of held-out groups have lost MOST_LOST_DB.
@@ -122,9 +122,9 @@ class FinishObjective(nn.Module):
     def _decoded(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Before all curves; as in use, calibrated where it is; and where the calibration has the say: [B 1 D H W] each.
 
-        There, in empty air, rims, lungs and cavities, no gradients pass: it smooths and has curves that jump, so what losses ask
-        for has no effect and is asked for again. Elsewhere they pass as if it added what it adds (straight through; Bengio et al.
-        2013).
+        There, in empty air, rims, lungs, cavities and bone, no gradients pass: it smooths, sharpens and has curves that jump, so
+        what losses ask for has no effect, or too much, and is asked for again. In soft tissue they pass as if it added what it
+        adds (straight through; Bengio et al. 2013).
         """
         decoder: Any = self.network.decoder
         raw = decoder.raw(z)
@@ -134,7 +134,7 @@ class FinishObjective(nn.Module):
                 return raw, toned, torch.zeros_like(raw, dtype=torch.bool)
             fixed = toned.detach()
             places = Places.of(fixed, self.calibration.soft)
-            held = places.empty | places.rim | places.lung | places.cavity
+            held = places.empty | places.rim | places.lung | places.cavity | (fixed > self.calibration.soft[1])
             added = self.calibration.applied(raw.detach(), fixed, places) - fixed
             return raw, torch.where(held, fixed, toned) + added, held
 
