@@ -83,7 +83,7 @@ def test_soft_tissue_has_a_finer_histogram():
 
 def test_histograms_do_not_see_the_level_of_a_patch():
     """Soft tissue is as wide as in a patch, not as in all of them together: a contrast agent moves it as a whole."""
-    x, middle = patches(4, 0.2, (1, 1, 16, 16, 16)) - 0.01, sum(SOFT) / 2
+    x, middle = patches(4, 0.05, (1, 1, 16, 16, 16)) - 0.01, sum(SOFT) / 2
     bone = torch.where(patches(5, 1.0, x.shape) > 0.35, 0.8, x)
     moved = torch.where(bone == 0.8, bone, x + 0.03)
     histograms = [slice(SHARES.start, SHARES.stop), slice(BANDS.stop + 7 * LEVELS, BANDS.stop + 7 * LEVELS + SOFT_BINS - 1)]
