@@ -32,7 +32,7 @@ STEPS = slice(FAINT_BANDS.start - 3 * (len(LAGS) + len(SMALL)), FAINT_BANDS.star
 
 
 def test_shares_are_a_cumulative_histogram_of_cells_that_are_not_empty(monkeypatch):
-    monkeypatch.setattr(moments_module, "_to_the_middle", lambda x, soft: 0.0)
+    monkeypatch.setattr(moments_module, "_levelled", lambda x, soft: x)
     centres = torch.linspace(-1, 1, BINS)
     x = centres[torch.randint(BINS, (1, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0))]
     found = statistics(torch.cat((x, torch.full_like(x, -1.0)), dim=2), SOFT)[SHARES].numpy()
@@ -89,11 +89,11 @@ def test_histograms_do_not_see_the_level_of_a_patch():
     histograms = [slice(SHARES.start, SHARES.stop), slice(BANDS.stop + 7 * LEVELS, BANDS.stop + 7 * LEVELS + SOFT_BINS - 1)]
     for part in histograms:
         torch.testing.assert_close(statistics(moved, SOFT)[part], statistics(bone, SOFT)[part], atol=2e-3, rtol=0)
-    shift = moments_module._to_the_middle(torch.cat((bone, moved)), SOFT)
-    off = torch.tensor([abs(middle - level_of(patch, SOFT)) for patch in (bone, moved)])
-    torch.testing.assert_close(shift.abs().amax((1, 2, 3, 4)), off, atol=1e-6, rtol=0)
-    assert torch.equal(shift[bone.repeat(2, 1, 1, 1, 1) == 0.8], torch.zeros(2 * int((bone == 0.8).sum())))
-    assert not moments_module._to_the_middle(torch.full_like(x, -1.0), SOFT).any()
+    levelled = moments_module._levelled(torch.cat((bone, moved)), SOFT)
+    assert [level_of(patch, SOFT) for patch in levelled] == pytest.approx([middle, middle], abs=1e-6)
+    assert torch.equal(levelled == 0.8, torch.cat((bone, bone)) == 0.8)
+    air = torch.full_like(x, -1.0)
+    assert torch.equal(moments_module._levelled(air, SOFT), air)
 
 
 def test_it_does_not_matter_how_much_of_a_patch_is_air():

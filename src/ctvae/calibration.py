@@ -99,6 +99,10 @@ class Calibration:
         same = torch.linspace(-1, 1, KNOTS)
         return cls(same, same, same, 0.0, 0.0, soft)
 
+    def sees_to(self, toned: Tensor, where: Places) -> Tensor:
+        """Where it has a curve of its own, smooths, or sharpens bone; and empty air, so all but soft tissue: bool [B 1 D H W]."""
+        return where.empty | where.rim | where.lung | where.cavity | (toned > self.soft[1])
+
     def save(self, path: Path) -> None:
         numbers = {name: getattr(self, name) for name in NUMBERS}
         save(path, {name: getattr(self, name) for name in CURVES}, {**numbers, "soft": list(self.soft)})
@@ -205,9 +209,14 @@ def _lungs(examples: Sequence[Example], soft: Window) -> Calibration:
 
 def level_of(x: Tensor, soft: Window) -> float | None:
     """The median of a volume's values in the middle of the soft tissue window; none where it has none."""
-    values, middle, reach = thinned(x), (soft[0] + soft[1]) / 2, MIDDLE * (soft[1] - soft[0]) / 2
-    values = values[(values - middle).abs() < reach]
-    return float(values.median()) if len(values) else None
+    level = float(levels(thinned(x)[None], soft))
+    return None if math.isnan(level) else level
+
+
+def levels(x: Tensor, soft: Window) -> Tensor:
+    """The same of each of several volumes [B ...]: [B], not a number where one has none."""
+    middle, reach = (soft[0] + soft[1]) / 2, MIDDLE * (soft[1] - soft[0]) / 2
+    return torch.where((x - middle).abs() < reach, x, math.nan).flatten(1).nanmedian(1).values
 
 
 def thinned(x: Tensor) -> Tensor:

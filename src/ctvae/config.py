@@ -142,7 +142,7 @@ class Finish(Sharpening):
 
     save_every: int = Field(200, ge=1)
     drawn: Steps = Field(64, description="samples of the flow that are drawn to train on")
-    anchor_weight: float = Field(1.0, ge=0, description="on what drawn patches were before the stage, means of 4x4x4 voxels")
+    anchor_weight: float = Field(1.0, ge=0, description="on what patches were before the stage, means of 4x4x4 voxels")
     moments_weight: float = Field(0.1, ge=0, description="on the means of simple statistics of texture")
     kept: Share = Field(0.0, description="share of the decoder's weights before the stage in those that it ends with")
 

@@ -95,7 +95,7 @@ class FinishObjective(nn.Module):
         cfg, pair, network = self.cfg, self.pair, self.network
         encoded = noisy_latents(network, x, cfg.latent_noise, random, self.ranks)
         z = torch.cat((encoded, drawn.to(encoded.dtype)))
-        raw, y, held = self._decoded(z)
+        plain, y, held = self._decoded(z)
         x, y = within(x, self.margin), within(y, self.margin)
         again, made = y.chunk(2)
         logits, fake = pair.discriminator(y)
@@ -108,33 +108,32 @@ class FinishObjective(nn.Module):
         }
         if cfg.anchor_weight:
             with torch.no_grad():
-                before = self.before.raw(z)
-            terms["anchor"] = cfg.anchor_weight * self.anchor(raw, before, held)
+                before = self.before(z) if self.calibration is None else self.before.raw(z)
+            terms["anchor"] = cfg.anchor_weight * self.anchor(plain, before, held)
         if self.perceptual is not None:
             terms["perceptual"] = cfg.perceptual_weight * self.perceptual(again, x, random)
         return x, y, {**self.reconstruction(again, x), **terms}
 
-    def anchor(self, raw: Tensor, before: Tensor, held: Tensor) -> Tensor:
+    def anchor(self, now: Tensor, before: Tensor, held: Tensor) -> Tensor:
         """How far what is decoded has moved: means of COARSE voxels anywhere, and each voxel that is `held`. [B 1 D H W] each."""
-        moved = within((raw - before) * held, self.margin).abs().mean()
-        return moved + coarse_difference(within(raw, self.margin), within(before, self.margin))
+        moved = within((now - before) * held, self.margin).abs().mean()
+        return moved + coarse_difference(within(now, self.margin), within(before, self.margin))
 
     def _decoded(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Before all curves; as in use, calibrated where it is; and where the calibration has the say: [B 1 D H W] each.
+        """What a calibration is given, or all of it without one; as in use; and what the calibration sees to: [B 1 D H W] each.
 
-        There, in empty air, rims, lungs, cavities and bone, no gradients pass: it smooths, sharpens and has curves that jump, so
-        what losses ask for has no effect, or too much, and is asked for again. In soft tissue they pass as if it added what it
-        adds (straight through; Bengio et al. 2013).
+        There no gradients pass: it smooths, sharpens and has curves that jump, so what losses ask for has no effect, or too much,
+        and is asked for again. In soft tissue they pass as if it added what it adds (straight through; Bengio et al. 2013).
         """
         decoder: Any = self.network.decoder
         raw = decoder.raw(z)
         with torch.autocast(raw.device.type, enabled=False):
             toned = raw if decoder.tone is None else decoder.tone(raw)
             if self.calibration is None:
-                return raw, toned, torch.zeros_like(raw, dtype=torch.bool)
+                return toned, toned, torch.zeros_like(raw, dtype=torch.bool)
             fixed = toned.detach()
             places = Places.of(fixed, self.calibration.soft)
-            held = places.empty | places.rim | places.lung | places.cavity | (fixed > self.calibration.soft[1])
+            held = self.calibration.sees_to(fixed, places)
             added = self.calibration.applied(raw.detach(), fixed, places) - fixed
             return raw, torch.where(held, fixed, toned) + added, held
 

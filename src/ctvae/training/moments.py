@@ -17,7 +17,6 @@ Shapes:  B batch   D H W voxels in -1..1   K statistics
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctvae import haar
-from ctvae.calibration import MIDDLE, highest, softness
+from ctvae.calibration import highest, levels, softness
 
 BINS = 40
 SOFT_BINS = 41  # 10 HU each from -160 to 240 HU: fat and muscle are narrow peaks
@@ -96,13 +95,13 @@ class Moments(nn.Module):
 def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     """Of patches x [B 1 D H W]: [K].
 
-    How often values above each of BINS from -1 to 1 occur where cells are not empty; size of the detail bands of LEVELS Haar
-    levels, of all that is not below the soft tissue window and of that window; how often values above each of SOFT_BINS of it
-    occur; mean |difference| of neighbours along D, H, W, both in it, in its widths, at LAGS, and of next neighbours with those
-    above each of SMALL counted as that; size of the detail bands of two levels in faint cells; mean |difference| of neighbours
-    by where in a cell they lie, and within cells of each of TISSUES; the mean faint cell and the mean cell of tissue, less their
-    own means: nothing in scans, and in what is decoded the lattice that a decoder leaves; mean |difference| at LAGS in even
-    tissue.
+    How often values above each of BINS from -1 to 1 occur where cells are not empty, soft tissue of every patch at one level;
+    size of the detail bands of LEVELS Haar levels, of all that is not below the soft tissue window and of that window; how
+    often values above each of SOFT_BINS of it occur, at that level; mean |difference| of neighbours along D, H, W, both in it,
+    in its widths, at LAGS, and of next neighbours with those above each of SMALL counted as that; size of the detail bands of
+    two levels in faint cells; mean |difference| of neighbours by where in a cell they lie, and within cells of each of
+    TISSUES; the mean faint cell and the mean cell of tissue, less their own means: nothing in scans, and in what is decoded
+    the lattice that a decoder leaves; mean |difference| at LAGS in even tissue.
     Empty air counts for nothing: how much of a patch is air is a matter of where it lies, and nothing is to be gained by ripples
     in it, or by holes in outlines, which would make up for sharp bones in bands of the whole range. Air in cells that are not
     empty does count, or lungs could leave the count by getting darker.
@@ -112,13 +111,12 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     low, high = soft
     inside = (x.detach() > AIR).float()
     window = x.clamp(low, high) * (2 / (high - low))
-    scaled = window - (low + high) / (high - low)  # -1..1
-    level = x + _to_the_middle(x.detach(), soft)
-    even = (level.clamp(low, high) - (low + high) / 2) * (2 / (high - low))  # -1..1
+    scaled = _in_window(x, soft)
+    levelled = _levelled(x, soft)
     most, least = F.max_pool3d(x.detach(), CELL), -F.max_pool3d(-x.detach(), CELL)
     filled = _voxels((most > EMPTY).float())
-    shares = _above(level, BINS, filled)[AIR_BINS:] / _size(filled)
-    fine = _above(even, SOFT_BINS, inside)[1:] / _size(inside)
+    shares = _above(levelled, BINS, filled)[AIR_BINS:] / _size(filled)
+    fine = _above(_in_window(levelled, soft), SOFT_BINS, inside)[1:] / _size(inside)
     faint, tissue = ((most > FAINT[0]) & (most < FAINT[1])).float(), (least > low).float()  # [B 1 d h w] cells
     mean = F.avg_pool3d(x.detach(), CELL)
     return torch.cat([
@@ -128,11 +126,16 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     ])  # fmt: skip
 
 
-def _to_the_middle(x: Tensor, soft: tuple[float, float]) -> Tensor:
-    """What takes each patch's own level of soft tissue, its median there, to the middle of the window: [B 1 D H W]"""
-    middle, reach = (soft[0] + soft[1]) / 2, MIDDLE * (soft[1] - soft[0]) / 2
-    levels = torch.where((x - middle).abs() < reach, x, math.nan).flatten(1).nanmedian(1).values  # [B]
-    return (middle - levels).nan_to_num(0.0).view(-1, 1, 1, 1, 1) * softness(x, soft)
+def _in_window(x: Tensor, soft: tuple[float, float]) -> Tensor:
+    """-1 at the window's lower end and below it, 1 at the upper one and above."""
+    low, high = soft
+    return x.clamp(low, high) * (2 / (high - low)) - (low + high) / (high - low)
+
+
+def _levelled(x: Tensor, soft: tuple[float, float]) -> Tensor:
+    """Patches x whose own level of soft tissue is taken to the middle of the window, soft tissue with it: [B 1 D H W]"""
+    off = ((soft[0] + soft[1]) / 2 - levels(x.detach(), soft)).nan_to_num(0.0)  # [B]
+    return x + off.view(-1, 1, 1, 1, 1) * softness(x.detach(), soft)
 
 
 def _above(x: Tensor, bins: int, weight: Tensor) -> Tensor:
