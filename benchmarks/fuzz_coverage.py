@@ -27,6 +27,7 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 with atheris.instrument_imports(include=["ctvae", "nibabel", "pydicom"]):
+    import hostile_dicom
     import hostile_files
 
     from ctvae import nifti
@@ -76,7 +77,7 @@ class Target:
         hu = hostile_files.body(0, SHAPE)
         if kind == "dicom":
             self.path = folder
-            images = hostile_files.series(hu)
+            images = hostile_dicom.series(hu)
             for n, image in enumerate(images):
                 image.save_as(folder / f"IM{n}", enforce_file_format=True)
             self.file = folder / "IM1"

@@ -96,7 +96,8 @@ def _batch(first: int, stop: int, arguments: argparse.Namespace, peaks: list[flo
 
 
 def _work(pipe: Connection, seed: int, first: int, stop: int, limit_bytes: int, loud: bool) -> None:
-    from hostile_files import dicom_case, nifti_case
+    from hostile_dicom import dicom_case
+    from hostile_files import nifti_case
 
     import ctvae.prepare  # noqa: F401 (imported before memory is limited)
 

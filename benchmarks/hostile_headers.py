@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import hostile_dicom
 import hostile_files
 
 from ctvae import nifti
@@ -61,7 +62,7 @@ def plain(folder: Path) -> Path:
 def dicom(folder: Path, name: str = "plain", **tags: int) -> Path:
     target = folder / name
     target.mkdir()
-    for n, image in enumerate(hostile_files.series(hostile_files.body())):
+    for n, image in enumerate(hostile_dicom.series(hostile_files.body())):
         for key, value in tags.items():
             setattr(image, key, value)
         image.save_as(target / f"IM{n:03d}", enforce_file_format=True)
@@ -103,7 +104,7 @@ def gzipped(write: Callable[[Path], Path], zeros: bool = False) -> Callable[[Pat
 
 def deflated(folder: Path) -> Path:
     target = dicom(folder, "deflated")
-    (target / "IM003").write_bytes(hostile_files._deflate_bomb(random.Random(0), bytearray()))
+    (target / "IM003").write_bytes(hostile_dicom._deflate_bomb(random.Random(0), bytearray()))
     return target
 
 

@@ -171,7 +171,7 @@ def run_block(block: str, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def given(tmp_path_factory) -> Path:
     """What the pages take for granted: scans, labels, a DICOM study, a table, a dataset with groups along the body, and a run."""
-    import hostile_files
+    import hostile_dicom
 
     from ctvae import Dataset, nifti, prepare, train
     from ctvae.phantoms import write_phantoms
@@ -187,7 +187,7 @@ def given(tmp_path_factory) -> Path:
     study = folder / "dicom" / "P99_study"
     study.mkdir(parents=True)
     whole, _ = nifti.read(next((folder / "scans").glob("*.nii.gz")))
-    for n, image in enumerate(hostile_files.series(whole.hu)):
+    for n, image in enumerate(hostile_dicom.series(whole.hu)):
         image.save_as(study / f"{n:03d}", enforce_file_format=True)
     prepare(folder / "scans", folder / "dataset", slices=32, stride=16, fractions=(0.7, 0.15, 0.15), workers=1)
     train(folder / "dataset", folder / "run", minutes=0.2, overrides=SMALL)

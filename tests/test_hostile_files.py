@@ -13,6 +13,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import hostile_dicom
 import hostile_files
 import numpy as np
 import pydicom
@@ -112,7 +113,7 @@ def refusals(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("index", range(60))
 def test_damaged_folders_are_read_or_refused_with_their_name(tmp_path, index):
-    path, _ = hostile_files.dicom_case(tmp_path, 11, index)
+    path, _ = hostile_dicom.dicom_case(tmp_path, 11, index)
     for said in refusals(path):
         assert path.name in said or not said
         assert "\n" not in said
@@ -272,7 +273,7 @@ def with_one(which: int = 1, **tags) -> list[pydicom.FileDataset]:
 
 
 def changed(which: slice, **tags) -> list[pydicom.FileDataset]:
-    images = hostile_files.series(HU)
+    images = hostile_dicom.series(HU)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom warns of such values
         for image in images[which]:
@@ -290,7 +291,7 @@ def eight_bits() -> list[pydicom.FileDataset]:
 
 
 def tilted() -> list[pydicom.FileDataset]:
-    images = hostile_files.series(HU)
+    images = hostile_dicom.series(HU)
     for n, image in enumerate(images):
         image.ImagePositionPatient = [-100, -50 + round(2.5 * n * np.tan(np.radians(20)), 3), 700 + 2.5 * n]
     return images
@@ -309,10 +310,10 @@ HOSTILE_DICOM = {
     "cannot be decoded": lambda: with_all(Rows=600, Columns=600),
     "colour": lambda: with_all(SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0, Rows=4),
     "gantry tilt of 20.0 degrees": tilted,
-    "missing or uneven": lambda: [image for n, image in enumerate(hostile_files.series(HU)) if n != 4],
+    "missing or uneven": lambda: [image for n, image in enumerate(hostile_dicom.series(HU)) if n != 4],
     "an 8-bit picture": eight_bits,
-    "holds 2 DICOM series": lambda: hostile_files.series(HU) + hostile_files.series(HU, uid="1.2.4"),
-    "2 duplicate slices": lambda: hostile_files.series(HU) + hostile_files.series(HU)[:2],
+    "holds 2 DICOM series": lambda: hostile_dicom.series(HU) + hostile_dicom.series(HU, uid="1.2.4"),
+    "2 duplicate slices": lambda: hostile_dicom.series(HU) + hostile_dicom.series(HU)[:2],
 }
 
 
@@ -324,7 +325,7 @@ def test_hostile_series_are_refused_for_what_is_wrong(tmp_path, reason):
 
 
 def test_a_damaged_slice_is_named_rather_than_left_out(tmp_path):
-    folder = saved(tmp_path / "study", hostile_files.series(HU))
+    folder = saved(tmp_path / "study", hostile_dicom.series(HU))
     last = folder / "IM011"
     last.write_bytes(last.read_bytes()[:200])  # the topmost: without it the others would be an even series
     (found,) = find_scans([folder])
@@ -333,7 +334,7 @@ def test_a_damaged_slice_is_named_rather_than_left_out(tmp_path):
 
 
 def test_a_folder_of_nothing_but_damage_is_listed(tmp_path):
-    folder = saved(tmp_path / "study", hostile_files.series(HU)[:1])
+    folder = saved(tmp_path / "study", hostile_dicom.series(HU)[:1])
     (folder / "IM000").write_bytes((folder / "IM000").read_bytes()[:150])
     (found,) = find_scans([folder])
     with pytest.raises(ScanRejected, match="IM000: damaged DICOM"):
@@ -343,8 +344,8 @@ def test_a_folder_of_nothing_but_damage_is_listed(tmp_path):
 def test_a_deflated_bomb_is_refused_before_it_is_unpacked(tmp_path):
     import random
 
-    folder = saved(tmp_path / "study", hostile_files.series(HU))
-    (folder / "IM003").write_bytes(hostile_files._deflate_bomb(random.Random(0), bytearray()))
+    folder = saved(tmp_path / "study", hostile_dicom.series(HU))
+    (folder / "IM003").write_bytes(hostile_dicom._deflate_bomb(random.Random(0), bytearray()))
     tracemalloc.start()
     (found,) = find_scans([folder])
     with pytest.raises(ScanRejected, match="IM003: deflated DICOM"):
@@ -356,12 +357,12 @@ def test_a_deflated_bomb_is_refused_before_it_is_unpacked(tmp_path):
 
 def test_slices_whose_pixels_are_read_late_are_the_same_scan(tmp_path):
     large = hostile_files.body(3, (3, 96, 100))  # 19 KB a slice: left on disk while headers are compared
-    volume = read_scan(saved(tmp_path / "study", hostile_files.series(large))).volume
+    volume = read_scan(saved(tmp_path / "study", hostile_dicom.series(large))).volume
     np.testing.assert_array_equal(volume.hu, large)
 
 
 def test_run_length_encoded_slices_are_the_same_scan(tmp_path):
-    images = hostile_files.series(HU)
+    images = hostile_dicom.series(HU)
     for image in images:
         image.compress(RLELossless, generate_instance_uid=False)
     np.testing.assert_array_equal(read_scan(saved(tmp_path / "study", images)).volume.hu, HU)

@@ -21,7 +21,7 @@ from ctvae import __main__, planner
 from ctvae.config import RECIPES, load_recipe
 from ctvae.errors import ConfigError, DoesNotFit, InputError
 from ctvae.models.wavelet3d import tile_bytes
-from ctvae.planning import dry
+from ctvae.planning import dry, stages
 from ctvae.planning.ledger import dry_run
 from ctvae.planning.workspace import Kernels
 from ctvae.prepare import prepare
@@ -135,7 +135,7 @@ def test_static_parts_by_hand():
 
 def test_stages_by_hand():
     """The first convolution sees 8 bands at half size: 3^3 kernels from 8 to 32 channels, two operations a product."""
-    table = dry.stages(config("wavelet3d", (64, 256, 256)), (64, 256, 256))
+    table = stages.stages(config("wavelet3d", (64, 256, 256)), (64, 256, 256))
     first = table[0]
     assert (first.name, first.shape, first.parameters) == ("encoder.entries.0", (1, 32, 32, 128, 128), 27 * 8 * 32 + 32)
     assert first.gflop == pytest.approx(2 * 27 * 8 * 32 * 32 * 128 * 128 / 1e9, abs=1e-3)

@@ -9,6 +9,7 @@ import re
 import zlib
 from pathlib import Path
 
+import hostile_dicom
 import hostile_files
 import nibabel as nib
 import numpy as np
@@ -50,7 +51,7 @@ def write_nifti_with_a_name(path: Path, hu: np.ndarray) -> None:
 
 def write_dicom_with_a_name(folder: Path, hu: np.ndarray, patient: str = "MRN-0042") -> None:
     folder.mkdir(parents=True)
-    for n, image in enumerate(hostile_files.series(hu, uid="1.2.826.0.99")):
+    for n, image in enumerate(hostile_dicom.series(hu, uid="1.2.826.0.99")):
         image.PatientName, image.PatientID, image.PatientBirthDate = "Zzyzx^Quorra", patient, "19470203"
         image.InstitutionName, image.AccessionNumber = "Mercywell", "ACC-77"
         image.save_as(folder / f"{n:03d}", enforce_file_format=True)
@@ -69,7 +70,7 @@ def sources(tmp_path) -> Path:
     write_dicom_with_a_name(scans / "damaged", hostile_files.body(6, SHAPE))
     rng = random.Random(4)
     for path in (scans / "damaged").iterdir():
-        path.write_bytes(hostile_files._flip_tags(rng, bytearray(path.read_bytes())))
+        path.write_bytes(hostile_dicom._flip_tags(rng, bytearray(path.read_bytes())))
     return scans
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ctvae.evaluation.evaluate import evaluate
     from ctvae.export import export
     from ctvae.generate import generate, interpolate, load, reconstruct, vary
+    from ctvae.mix import mix
     from ctvae.prepare import prepare
     from ctvae.training.train import train
     from ctvae.volume import Volume
@@ -41,6 +42,7 @@ __all__ = [
     "generate",
     "interpolate",
     "load",
+    "mix",
     "prepare",
     "reconstruct",
     "train",
@@ -56,6 +58,7 @@ _HOME = {
     "generate": "ctvae.generate",
     "interpolate": "ctvae.generate",
     "load": "ctvae.generate",
+    "mix": "ctvae.mix",
     "prepare": "ctvae.prepare",
     "reconstruct": "ctvae.generate",
     "train": "ctvae.training.train",

@@ -50,25 +50,13 @@ def prepare(
     out: Out,
     slices: Annotated[int, typer.Option(min=1, help="Axial slices per group.")] = 64,
     size: Annotated[str, typer.Option(help="Rows and columns to resample to, e.g. 256, or native.")] = "native",
-    rest: Annotated[
-        Literal["overlap", "drop", "pad"],
-        typer.Option(help="Slices left over: a group that overlaps, none, or padding."),
-    ] = "overlap",
-    stride: Annotated[
-        int | None, typer.Option(min=1, help="Slices from one group to the next. [default: --slices]")
-    ] = None,
-    labels: Annotated[
-        list[Path] | None, typer.Option(help="Folder of label maps with the scans' file names; repeatable.")
-    ] = None,
+    rest: options.Rest = "overlap",
+    stride: options.Stride = None,
+    labels: options.Labels = None,
     crop_body: Annotated[bool, typer.Option("--crop-body", help="Cut the air around the body away.")] = False,
-    patient_pattern: Annotated[
-        str | None, typer.Option(help="Regular expression; its first group in the file name is the patient.")
-    ] = None,
+    patient_pattern: options.PatientPattern = None,
     patient_csv: Annotated[Path | None, typer.Option(help="CSV with the columns scan and patient.")] = None,
-    patients_of: Annotated[
-        Path | None,
-        typer.Option(metavar="DATASET", help="Give DICOM patients the pseudonyms, and so the splits, of this dataset."),
-    ] = None,
+    patients_of: options.PatientsOf = None,
     fractions: Annotated[str, typer.Option(help="Shares of patients for training, validation, test.")] = "0.8,0.1,0.1",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one per core]")] = None,
     seed: Seed = 0,
@@ -111,20 +99,11 @@ def train(
         float | None,
         typer.Option(min=0.01, help="Training time of both stages together, at most. [default: the recipe's steps]"),
     ] = None,
-    hours: Annotated[
-        float | None, typer.Option(min=0.001, help="Set the steps to fill this time, from what one takes here.")
-    ] = None,
+    hours: options.TrainingHours = None,
     plan: Annotated[Path | None, typer.Option(help="Settings from a plan.yaml that `ctvae plan` wrote.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="Train with what fits, e.g. 12GB. [default: the card's, else what is free]")
-    ] = None,
-    conditions: Annotated[
-        Path | None,
-        typer.Option(help="CSV with a row per scan or patient; its columns (--set prior.columns=[A,B]: those) are conditions."),
-    ] = None,
-    start: Annotated[
-        Path | None, typer.Option("--from", metavar="MODEL", help="Begin with a trained model's weights instead of random ones.")
-    ] = None,
+    memory: options.TrainingMemory = None,
+    conditions: options.Table = None,
+    start: options.Start = None,
 ) -> None:
     """Train an autoencoder, then its priors.
 
@@ -154,14 +133,10 @@ def plan(
     size: Annotated[
         str | None, typer.Option(help="Slices x rows x columns, e.g. 64x512x512. [default: the dataset's largest group]")
     ] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="What there is, e.g. 24GB or 500MB. [default: the card's, else what is free]")
-    ] = None,
+    memory: options.Memory = None,
     settings: Settings = None,
     window: Window = None,
-    hours: Annotated[
-        float | None, typer.Option(min=0.001, help="Set the steps to fill this time; trains a few to measure one.")
-    ] = None,
+    hours: options.Hours = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write the settings to, e.g. plan.yaml.")] = None,
 ) -> None:
@@ -220,32 +195,13 @@ def generate(
     ] = "flow",
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps of the flow. [default: the model's]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")] = False,
-    solver: Annotated[
-        Literal["ab2", "heun", "euler"] | None,
-        typer.Option(help="ab2, euler: one evaluation a step; heun: two. [default: ab2]"),
-    ] = None,
-    schedule: Annotated[
-        Literal["logit", "equal"] | None,
-        typer.Option(help="Steps that are short near both ends, or equal ones. [default: logit]"),
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(min=0, help="How much to lean on the conditions; 1: none. [default: the model's]")
-    ] = None,
-    autoguidance: Annotated[
-        float | None,
-        typer.Option(min=0, help="How far to lead away from the flow's own Gaussian; 1: none. [default: the model's]"),
-    ] = None,
-    rescale: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="How far guided scans get the contrast of unguided ones. [default: the model's]"),
-    ] = None,
-    condition: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="What to be, e.g. position=0.4 or sex=F; repeatable. [default: as in training]"),
-    ] = None,
-    slices: Annotated[
-        int | None, typer.Option(min=2, help="Axial slices; more than the model's are slabs made as one. [default: the model's]")
-    ] = None,
+    solver: options.Solver = None,
+    schedule: options.Schedule = None,
+    guidance: options.Guidance = None,
+    autoguidance: options.Autoguidance = None,
+    rescale: options.Rescale = None,
+    condition: options.Conditions = None,
+    slices: options.SlicesOfVolume = None,
 ) -> None:
     """Generate synthetic scans.
 
@@ -291,9 +247,7 @@ def vary(
     model: ModelArgument,
     scan: ScanArgument,
     out: Out,
-    alpha: Annotated[
-        float, typer.Option(min=0, help="Distance from the scan, in posterior standard deviations.")
-    ] = 0.5,
+    alpha: Annotated[float, typer.Option(min=0, help="Distance from the scan, in posterior standard deviations.")] = 0.5,
     count: Count = 4,
     seed: Seed = 0,
 ) -> None:
@@ -337,16 +291,10 @@ def evaluate(
     ],
     out: Out,
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Which real patients.")] = "test",
-    model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Judge this model's reconstructions of the real scans as well.")
-    ] = None,
+    model: options.JudgedModel = None,
     format: Annotated[Literal["html", "md"], typer.Option(help="md writes report.md as well, for a paper's appendix.")] = "html",
-    medicalnet: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="MedicalNet weights as safetensors (docs), for one more feature space.")
-    ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Keep what is measured of each scan here; reports on the same scans share it.")
-    ] = None,
+    medicalnet: options.MedicalNet = None,
+    cache: options.Cache = None,
     seed: Seed = 0,
 ) -> None:
     """Judge synthetic scans against real ones.
@@ -416,6 +364,23 @@ def export(
     from ctvae.export import export
 
     typer.echo(export(model, out, card=card, overrides=settings or []))
+
+
+@app.command()
+def mix(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL MODEL...", help="Runs that were finished from the same one.")],
+    out: Out,
+) -> None:
+    """Average the decoders of several finishes.
+
+    Finished with other seeds they share what they gained, not what they invented. Calibrate what comes out.
+
+    Example: ctvae mix finished1 finished2 --out mixed
+    """
+    from ctvae.mix import mix
+
+    typer.echo(mix(models, out))
+    _next(f"ctvae train DATASET --out RUN --stage calibration --from {out}")
 
 
 @app.command()

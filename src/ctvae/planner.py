@@ -27,7 +27,7 @@ from ctvae.device import computes_bf16
 from ctvae.errors import ConfigError, DoesNotFit, InputError
 from ctvae.model import SMALLEST_TILE
 from ctvae.networks import Size3, Wavelet3D
-from ctvae.planning import dry
+from ctvae.planning import dry, stages
 from ctvae.planning.dry import TrainingCost
 from ctvae.planning.remedies import Option, keys, options, prior_options
 from ctvae.planning.report import Plan
@@ -244,7 +244,7 @@ class _Search:
             step_gb=_parts(cost),
             train_phases_gb={name: _gb(peak) for name, peak in cost.phases.items()},
             prior_phases_gb={name: _gb(peak) for name, peak in prior.items()},
-            stages=tuple(dry.stages(cfg, dry.step_shape(cfg))),
+            stages=tuple(stages.stages(cfg, dry.step_shape(cfg))),
         )
 
     def _use(self, cfg: Config) -> Use:

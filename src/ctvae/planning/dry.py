@@ -95,7 +95,7 @@ def training(cfg: Config, kernels: Kernels, make: Builder = build) -> TrainingCo
         ledger.since()
         flops_before = ledger.flops
         x = torch.empty(settings.batch, 1, *step_shape(cfg))  # [B 1 D H W]
-        with _autocast(cfg):
+        with autocast(cfg):
             terms = objective(x, generator(0, 0))
         activations = ledger.live_bytes - standing
         _descend(sum(terms.values()), network, optimizer, ema, settings)
@@ -189,10 +189,10 @@ def _decoder_against_a_judge(
 def encoding(cfg: Config, size: Size3, tile: Size3, kernels: Kernels) -> int:
     """Peak of `Model.encode` on a scan of `size`, by tiles of `tile` voxels where the method has them."""
     with dry_run(kernels) as ledger, torch.no_grad():
-        network = _frozen(cfg)
+        network = frozen(cfg)
         read = _tile_read(cfg, size, tile)
         ledger.since()
-        with _autocast(cfg):
+        with autocast(cfg):
             mean, logvar = network.encode(torch.empty(1, 1, *read))
         moments = torch.cat((mean, logvar), dim=1).float()
         numbers = moments.numel() * math.prod(size) // math.prod(read)  # halos count twice: a little too many
@@ -204,12 +204,12 @@ def encoding(cfg: Config, size: Size3, tile: Size3, kernels: Kernels) -> int:
 def decoding(cfg: Config, size: Size3, tile: Size3, kernels: Kernels) -> int:
     """Peak of `Model.decode` to a scan of `size`, then of turning it into HU."""
     with dry_run(kernels) as ledger, torch.no_grad():
-        network = _frozen(cfg)
+        network = frozen(cfg)
         standing = ledger.live_bytes
         read = _tile_read(cfg, size, tile)
         z = torch.empty(1, *_latent_shape(cfg, network, read))
         ledger.since()
-        with _autocast(cfg):
+        with autocast(cfg):
             network.decode(z).float()
         peak = ledger.since()
     if kernels.device == "cuda":
@@ -248,29 +248,6 @@ def prior(cfg: Config, groups: int, kernels: Kernels) -> PriorCost:
     return PriorCost(phases, standing)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One layer or residual block of the autoencoder in use, on one group."""
-
-    name: str
-    shape: tuple[int, ...]  # of its output, [B C ...]
-    parameters: int
-    gflop: float
-
-
-def stages(cfg: Config, size: Size3) -> list[Stage]:
-    """The autoencoder's layers and blocks in the order in which encoding and decoding one group of `size` runs them."""
-    table: list[Stage] = []
-    with dry_run(Kernels()) as ledger, torch.no_grad():
-        network = _frozen(cfg)
-        for name, module in _layers_and_blocks(network):
-            _tabulate(name, module, ledger, table)
-        with _autocast(cfg):
-            mean, _ = network.encode(torch.empty(1, 1, *size))
-            network.decode(mean)
-    return table
-
-
 def whole(cfg: Config) -> Size3:
     """D H W of a training group; the planner has filled it in."""
     assert cfg.data.shape is not None
@@ -293,7 +270,7 @@ def _network(cfg: Config, shape: Size3, make: Builder = build) -> Autoencoder:
     return network
 
 
-def _frozen(cfg: Config) -> Autoencoder:
+def frozen(cfg: Config) -> Autoencoder:
     return _network(cfg, whole(cfg)).eval().requires_grad_(False)
 
 
@@ -308,7 +285,7 @@ def _latent_shape(cfg: Config, network: nn.Module, size: Size3) -> tuple[int, ..
     return cfg.model.latent_channels, *(side // step for side, step in zip(size, cfg.model.grid, strict=True))
 
 
-def _autocast(cfg: Config) -> torch.autocast:
+def autocast(cfg: Config) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=cfg.autoencoder.precision == "bf16")
 
 
@@ -353,7 +330,7 @@ def _validation(network: Autoencoder, cfg: Config, ledger: Ledger) -> int:
     ledger.since()
     with torch.no_grad():
         x = torch.empty(1, 1, *whole(cfg))
-        with _autocast(cfg):
+        with autocast(cfg):
             y = network.decode(network.encode(x)[0]).float().clamp(-1, 1)
         (y - x).square().mean()
     return ledger.since()
@@ -373,7 +350,7 @@ def _encoding_groups(cfg: Config, kernels: Kernels) -> int:
     """`encode_groups`: whole groups, in PyTorch's plain layout."""
     with dry_run(kernels) as ledger, torch.no_grad():
         network = build(cfg.model, whole(cfg)).eval()
-        with _autocast(cfg):
+        with autocast(cfg):
             network.encode(torch.empty(1, 1, *whole(cfg)))
         return ledger.since()
 
@@ -400,31 +377,3 @@ def _flow_step(network: nn.Module, batch: Callable, settings: Prior, ledger: Led
     _descend(loss, network, optimizer, ema, settings)
     optimizer.zero_grad(set_to_none=True)
     return ledger.since(), standing
-
-
-# --- the table of stages -------------------------------------------------------------------------------------------------
-
-
-def _layers_and_blocks(module: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
-    """Modules with parameters: blocks made of layers alone, and layers that are in no block."""
-    found: list[tuple[str, nn.Module]] = []
-    for key, child in module.named_children():
-        path = f"{name}.{key}".lstrip(".")
-        grandchildren = list(child.children())
-        block = not isinstance(child, nn.ModuleList | nn.Sequential) and not any(any(g.children()) for g in grandchildren)
-        if not grandchildren or (block and name):
-            found += [(path, child)] if any(True for _ in child.parameters()) else []
-        else:
-            found += _layers_and_blocks(child, path)
-    return found
-
-
-def _tabulate(name: str, module: nn.Module, ledger: Ledger, table: list[Stage]) -> None:
-    begun: list[int] = []
-    module.register_forward_pre_hook(lambda _, inputs: begun.append(ledger.flops))
-
-    def note(_: nn.Module, inputs: tuple, out: Tensor) -> None:
-        gflop = (ledger.flops - begun.pop()) / 1e9
-        table.append(Stage(name, tuple(out.shape), sum(p.numel() for p in module.parameters()), round(gflop, 3)))
-
-    module.register_forward_hook(note)

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from ctvae.networks import Size3
-from ctvae.planning.dry import Stage
 from ctvae.planning.sizes import written
+from ctvae.planning.stages import Stage
 
 
 @dataclass(frozen=True)
