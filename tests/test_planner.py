@@ -100,7 +100,7 @@ def test_activations_are_what_autograd_saves(method, overrides):
         own = {id(p.untyped_storage()) for p in [*network.parameters(), *network.buffers()]}
         objective = dry.Objective(network, cfg.autoencoder, cfg.data.window_hu)
         x = torch.empty(cfg.autoencoder.batch, 1, *dry.step_shape(cfg))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), dry._autocast(cfg):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), dry.autocast(cfg):
             terms = objective(x, torch.Generator())
         assert terms
         counted = sum(storage.nbytes() for key, storage in saved.items() if key not in own)
