@@ -52,6 +52,14 @@ def write_nifti() -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def scans(tmp_path, scan_hu, write_nifti) -> Path:
+    """Four scans of 20 slices, 24 x 32 pixels."""
+    for seed in range(4):
+        write_nifti(tmp_path / "scans" / f"case_{seed}.nii.gz", scan_hu(seed))
+    return tmp_path / "scans"
+
+
 TINY = (  # a wavelet3d that trains in a second
     "model.widths=[4,8]", "model.blocks=[1,1]", "model.latent_channels=2",
     "autoencoder.steps=6", "autoencoder.log_every=2", "autoencoder.save_every=2", "autoencoder.precision=fp32",

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from ctvae.calibration import level_of
 from ctvae.training import moments as moments_module
-from ctvae.training.moments import AIR, AIR_BINS, BESIDE, BINS, CELL, FEWEST, LAGS, LEVELS, SMALL, SOFT_BINS, Moments, statistics
+from ctvae.training.moments import AIR, AIR_BINS, BINS, CELL, FEWEST, LAGS, LEVELS, SMALL, SOFT_BINS, Moments, statistics
 
 SOFT = (-0.2, 0.3)
 TISSUES = moments_module.TISSUES
@@ -23,8 +23,7 @@ def patches(seed: int, scale: float = 1.0, shape=(2, 1, 8, 12, 16)) -> torch.Ten
 
 SHARES = slice(0, BINS - AIR_BINS)
 BANDS = slice(SHARES.stop, SHARES.stop + 7 * LEVELS)  # of all above the soft tissue window's lower end, and as many of it
-REPEATS = slice(-3 * 7 * BESIDE, None)  # by level, axis of the neighbour, and band
-EVEN = slice(REPEATS.start - 3 * len(LAGS), REPEATS.start)  # steps in even tissue
+EVEN = slice(-3 * len(LAGS), None)  # steps in even tissue
 CELLS = slice(EVEN.start - 2 * CELL**3, EVEN.start)  # the mean faint one, and that of tissue
 BY_TISSUE = slice(CELLS.start - 3 * (len(TISSUES) - 1), CELLS.start)
 BY_PLACE = slice(BY_TISSUE.start - 3 * CELL, BY_TISSUE.start)
@@ -183,38 +182,6 @@ def test_steps_in_even_tissue_see_neither_outlines_nor_bone():
     np.testing.assert_allclose(found, exact, rtol=1e-5)
     x[..., 10] = -0.5  # what the outline is like does not matter
     torch.testing.assert_close(statistics(x, SOFT)[EVEN], found)
-
-
-def test_details_are_compared_with_those_beside_them():
-    """Against Haar's details, written out: half differences and half sums of neighbours along each axis."""
-    x = 0.05 + 0.01 * torch.randn(1, 1, 8, 12, 16, generator=torch.Generator().manual_seed(0))
-    found = statistics(x, SOFT)[REPEATS].reshape(BESIDE, 3, 7)
-    window = ((x[0, 0] - 0.05) * 2 / (SOFT[1] - SOFT[0])).numpy().astype(np.float64)
-    for level in range(BESIDE):
-        means = {(): window}
-        for axis in range(3):
-            halves = {key: np.moveaxis(v, axis, 0) for key, v in means.items()}
-            halves = {key: (np.moveaxis(v[0::2], 0, axis), np.moveaxis(v[1::2], 0, axis)) for key, v in halves.items()}
-            means = {(*key, kind): (a - b if kind else a + b) / 2 for key, (a, b) in halves.items() for kind in (0, 1)}
-        details = [means[key] for key in means if any(key)]
-        exact = [
-            sorted((np.delete(detail, 0, axis) * np.delete(detail, -1, axis)).mean() for detail in details) for axis in range(3)
-        ]
-        np.testing.assert_allclose(found[level].sort(1).values, exact, atol=1e-6)
-        window = means[0, 0, 0]
-
-
-def test_a_chequer_is_told_from_grain_of_the_same_strength():
-    """Where no neighbour of a voxel is anything but soft tissue; absolute differences can be the same."""
-    grid = torch.meshgrid(*(torch.arange(size) for size in (16, 16, 16)), indexing="ij")
-    chequer = 0.05 + 0.02 * (1 - 2.0 * (sum(grid) % 2))[None, None]
-    signs = torch.rand(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0)).gt(0.5).float() * 2 - 1
-    grain = 0.05 + (chequer - 0.05) * torch.nn.functional.interpolate(signs, scale_factor=2)
-    repeated, made = (statistics(x, SOFT)[REPEATS].reshape(BESIDE, 3, 7)[0] for x in (chequer, grain))
-    assert (repeated.amax(1) > 0.006).all()
-    assert made.abs().max() < 0.1 * repeated.max()
-    bone = torch.where((torch.stack(grid).amax(0) // 2 % 2 > 0)[None, None], 0.9, chequer)
-    assert statistics(bone, SOFT)[REPEATS].abs().max() < 0.1 * repeated.max()
 
 
 def test_a_lattice_is_the_mean_cell_of_where_it_lies():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -11,14 +10,6 @@ from ctvae.dataset import Dataset
 from ctvae.errors import InputError
 from ctvae.patients import split_of
 from ctvae.prepare import prepare
-
-
-@pytest.fixture
-def scans(tmp_path, scan_hu, write_nifti) -> Path:
-    """Four scans of 20 slices, 24 x 32 pixels."""
-    for seed in range(4):
-        write_nifti(tmp_path / "scans" / f"case_{seed}.nii.gz", scan_hu(seed))
-    return tmp_path / "scans"
 
 
 def small(sources, out, **arguments) -> Dataset:

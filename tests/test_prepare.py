@@ -23,14 +23,6 @@ from ctvae.volume import Volume, position_mm
 MODULE = importlib.import_module("ctvae.prepare")  # on the package, the name is the function
 
 
-@pytest.fixture
-def scans(tmp_path, scan_hu, write_nifti) -> Path:
-    """Four scans of 20 slices, 24 x 32 pixels."""
-    for seed in range(4):
-        write_nifti(tmp_path / "scans" / f"case_{seed}.nii.gz", scan_hu(seed))
-    return tmp_path / "scans"
-
-
 def small(sources, out, **arguments) -> Dataset:
     return prepare(sources, out, **{"slices": 8, "workers": 1, **arguments})
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ctvae.evaluation.evaluate import evaluate
     from ctvae.export import export
     from ctvae.generate import generate, interpolate, load, reconstruct, vary
-    from ctvae.mix import mix
     from ctvae.prepare import prepare
     from ctvae.training.train import train
     from ctvae.volume import Volume
@@ -42,7 +41,6 @@ __all__ = [
     "generate",
     "interpolate",
     "load",
-    "mix",
     "prepare",
     "reconstruct",
     "train",
@@ -58,7 +56,6 @@ _HOME = {
     "generate": "ctvae.generate",
     "interpolate": "ctvae.generate",
     "load": "ctvae.generate",
-    "mix": "ctvae.mix",
     "prepare": "ctvae.prepare",
     "reconstruct": "ctvae.generate",
     "train": "ctvae.training.train",

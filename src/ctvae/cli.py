@@ -367,23 +367,6 @@ def export(
 
 
 @app.command()
-def mix(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL MODEL...", help="Runs that were finished from the same one.")],
-    out: Out,
-) -> None:
-    """Average the decoders of several finishes.
-
-    Finished with other seeds they share what they gained, not what they invented. Calibrate what comes out.
-
-    Example: ctvae mix finished1 finished2 --out mixed
-    """
-    from ctvae.mix import mix
-
-    typer.echo(mix(models, out))
-    _next(f"ctvae train DATASET --out RUN --stage calibration --from {out}")
-
-
-@app.command()
 def demo(out: Out) -> None:
     """Run the whole path, with no scans needed.
 

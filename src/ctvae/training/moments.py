@@ -36,7 +36,6 @@ LEAST_SHARE = 0.05  # of a patch: in less that is not air there is little to see
 LEVELS = 3  # of Haar bands: up to 8 voxels
 CELL = 4  # voxels along each axis, of two Haar levels: a decoder's own lattice
 LAGS = (1, 2, 4)
-BESIDE = 2  # Haar levels whose details are compared with those beside them
 SMALL = (0.025, 0.0625, 0.15)  # of the soft tissue window: 10, 25 and 60 HU. Larger differences count as one of these
 FAINT = (EMPTY, -0.3)  # the highest value of a cell in lungs, or in air that is not empty
 TISSUES = (-0.95, -0.3, -0.15, -0.05, 0.0, 0.08, 1.0)  # the mean of a cell: airways and lungs, rims, fat, both, muscle, bone
@@ -62,8 +61,7 @@ class Moments(nn.Module):
         self.soft, self.average = (soft if soft[0] < soft[1] else (-1.0, 1.0)), average
         bands = (2 * LEVELS + 2) * (haar.bands((2, 2, 2)) - 1)
         steps = 3 * (2 * len(LAGS) + len(SMALL) + CELL + len(TISSUES) - 1)
-        beside = 3 * BESIDE * (haar.bands((2, 2, 2)) - 1)
-        size = BINS - AIR_BINS + SOFT_BINS - 1 + bands + steps + 2 * CELL**3 + beside
+        size = BINS - AIR_BINS + SOFT_BINS - 1 + bands + steps + 2 * CELL**3
         self.real, self.fake, self.square, self.multiplier = (nn.Buffer(torch.zeros(size)) for _ in range(4))
         self.seen = nn.Buffer(torch.zeros(()))
 
@@ -103,7 +101,7 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
     in its widths, at LAGS, and of next neighbours with those above each of SMALL counted as that; size of the detail bands of
     two levels in faint cells; mean |difference| of neighbours by where in a cell they lie, and within cells of each of
     TISSUES; the mean faint cell and the mean cell of tissue, less their own means: nothing in scans, and in what is decoded
-    the lattice that a decoder leaves; mean |difference| at LAGS in even tissue; how details there go with those beside them.
+    the lattice that a decoder leaves; mean |difference| at LAGS in even tissue.
     Empty air counts for nothing: how much of a patch is air is a matter of where it lies, and nothing is to be gained by ripples
     in it, or by holes in outlines, which would make up for sharp bones in bands of the whole range. Air in cells that are not
     empty does count, or lungs could leave the count by getting darker.
@@ -125,7 +123,6 @@ def statistics(x: Tensor, soft: tuple[float, float]) -> Tensor:
         shares, _bands(x.clamp_min(low), inside), _bands(window, inside), fine, _steps(x, low, high),
         _bands(x, _voxels(faint), 2), _steps_by_place(scaled / 2, (x.detach() > low).float()),
         _steps_by_tissue(scaled / 2, mean), _mean_cell(x, faint), _mean_cell(window, tissue), _steps_in_even(x, scaled / 2, soft),
-        _beside_each_other(scaled, _even(x, soft)),
     ])  # fmt: skip
 
 
@@ -196,7 +193,8 @@ def _steps_by_tissue(window: Tensor, mean: Tensor) -> Tensor:
 def _steps_in_even(x: Tensor, window: Tensor, soft: tuple[float, float]) -> Tensor:
     """Of a soft tissue window, one unit wide, between voxels LAGS apart along D, H, W that have soft tissue alone next to them:
     all tissue together hides what is missing between fat and muscle behind what is too much along outlines."""
-    even = _even(x, soft)
+    fixed = x.detach()
+    even = (highest(fixed, 1) < soft[1]) & (-highest(-fixed, 1) > soft[0])
     found = []
     for axis in (2, 3, 4):
         for lag in LAGS:
@@ -205,27 +203,6 @@ def _steps_in_even(x: Tensor, window: Tensor, soft: tuple[float, float]) -> Tens
             step = (window.narrow(axis, lag, length) - window.narrow(axis, 0, length)).abs()
             found.append((step * both).sum() / _size(both))
     return torch.stack(found)
-
-
-def _even(x: Tensor, soft: tuple[float, float]) -> Tensor:
-    """Where all neighbours of a voxel are soft tissue: bool, like x [B 1 D H W]."""
-    fixed = x.detach()
-    return (highest(fixed, 1) < soft[1]) & (-highest(-fixed, 1) > soft[0])
-
-
-def _beside_each_other(window: Tensor, even: Tensor) -> Tensor:
-    """Mean product of each Haar detail of a soft tissue window [B 1 D H W] with the same one next to it along D, H and W, where
-    both lie in `even` tissue: above 0 where a decoder repeats itself, and 0 or less in grain, be it as strong. [BESIDE 3 7]"""
-    inside, found = even.float(), []
-    for _ in range(BESIDE):
-        bands = haar.forward(window)  # [B 8 d h w]
-        window, inside = bands[:, :1], -F.max_pool3d(-inside, 2)
-        for axis in (2, 3, 4):
-            length = bands.shape[axis] - 1
-            both = inside.narrow(axis, 0, length) * inside.narrow(axis, 1, length)
-            product = bands[:, 1:].narrow(axis, 0, length) * bands[:, 1:].narrow(axis, 1, length)
-            found.append((product * both).sum((0, 2, 3, 4)) / _size(both))
-    return torch.cat(found)
 
 
 def _voxels(chosen: Tensor) -> Tensor:
@@ -257,4 +234,4 @@ def _mean_cell(x: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _size(inside: Tensor) -> Tensor:
-    return inside.sum().clamp_min(LEAST_SHARE * max(1, inside.numel()))
+    return inside.sum().clamp_min(LEAST_SHARE * inside.numel())
