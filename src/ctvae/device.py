@@ -7,18 +7,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from ctvae.ranks import ALONE, Ranks
 from ctvae.sharding import shard
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import Strategy
 
 
 def make_fabric(precision: Literal["bf16", "fp32"] = "bf16", ranks: Ranks = ALONE, sharded: bool = False) -> Fabric:
@@ -27,6 +29,9 @@ def make_fabric(precision: Literal["bf16", "fp32"] = "bf16", ranks: Ranks = ALON
     Each holds the whole network (DDP) or, if `sharded`, a share of it (FSDP): of an objective that is set up, its `network`.
     Precision is autocast around the network's calls.
     """
+    from lightning_fabric import Fabric  # takes a second, and planning and generating need none of it
+    from lightning_fabric.strategies import ModelParallelStrategy
+
     autocast: Literal["bf16-mixed", "32-true"] = "bf16-mixed" if precision == "bf16" else "32-true"
     if ranks.world == 1:
         return Fabric(accelerator="auto", devices=1, precision=autocast)
@@ -42,6 +47,8 @@ def make_fabric(precision: Literal["bf16", "fp32"] = "bf16", ranks: Ranks = ALON
 
 
 def _whole_networks() -> Strategy:
+    from lightning_fabric.strategies import DDPStrategy
+
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1x1 kernels: the order is the same
     known = signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # PyTorch renamed it
