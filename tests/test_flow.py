@@ -10,6 +10,7 @@ import math
 from itertools import pairwise
 
 import pytest
+import scipy.integrate
 import torch
 
 from ctvae import flow
@@ -172,6 +173,21 @@ def test_a_batch_sees_all_of_the_path():
         t = flow.logit_normal_times(8, torch.Generator().manual_seed(seed))
         quantiles = torch.special.ndtr(torch.logit(t.double())) * 8
         assert quantiles.floor().tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(("std", "share"), [(1.0, 0.1), (0.3, 0.05), (5.0, 0.2)])
+def test_kept_noise_widens_gaussian_samples_by_its_integral(std, share):
+    """For x_1 ~ N(0, s^2) v = a(t) x, so x grows by exp of the integral of a, s, and of that of share (1 - t a) / t."""
+
+    def slope(t):
+        return (t * std**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * std**2)
+
+    x0 = torch.ones(1, 1, dtype=torch.float64)
+    x1 = flow.sample(flow.keeping_noise(lambda x, t: slope(t)[:, None] * x, share), x0, flow.times(4000, "equal"), "heun")
+    more = scipy.integrate.quad(lambda t: share * (1 - t * slope(t)) / t, flow.KEPT_FROM, flow.KEPT_TO)[0]
+    assert x1.item() == pytest.approx(std * math.exp(more), rel=1e-3)
+    plain = flow.sample(flow.keeping_noise(lambda x, t: slope(t)[:, None] * x, 0.0), x0, flow.times(4000, "equal"), "heun")
+    assert plain.item() == pytest.approx(std, rel=1e-3)
 
 
 def test_guidance_is_linear_in_its_weight():

@@ -72,7 +72,16 @@ def test_a_group_is_turned_and_magnified_in_plane_about_its_centre(degrees, zoom
     moved = zoom * (h * math.cos(angle) + w * math.sin(angle)), zoom * (w * math.cos(angle) - h * math.sin(angle))
     x = in_plane(disc((23.5 + h, 31.5 + w), 6.0), degrees, zoom)
     expected = (2 * torch.sigmoid(6.0 - radii(moved) / zoom) - 1).expand(1, 2, 48, 64)
-    assert (x - expected).abs().max() < 0.08  # linear interpolation of a soft edge
+    assert (x - expected).abs().max() < 0.02  # cubic splines of a soft edge
+
+
+def test_a_turned_group_keeps_the_power_of_its_detail():
+    """Grain as strong from voxel to voxel as that of CT at 4 mm; straight lines between voxels would leave 0.80 of its spread."""
+    grain = scipy.ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(1, 2, 96, 96)), (0, 0, 0.6, 0.6))
+    grain = torch.from_numpy(grain / grain.std() * 0.2).float()
+    for degrees, zoom in ((2.0, 1.0), (6.0, 1.05), (-4.0, 0.93)):
+        turned = in_plane(grain, degrees, zoom)[..., 12:-12, 12:-12]
+        assert turned.std() / grain.std() == pytest.approx(1.0, abs=0.06)
 
 
 def radii(centre: tuple[float, float]) -> Tensor:
@@ -115,7 +124,7 @@ def test_an_augmented_group_says_how_it_was_turned_and_moved(dataset):
         assert (change.zoom, change.slices) == (1.0, 0)
         there = np.roll(groups.plain(0)[0].numpy(), (change.rows, change.columns), axis=(1, 2))
         turned, other_way = (
-            scipy.ndimage.rotate(there, degrees, axes=(1, 2), reshape=False, order=1, cval=-1.0)
+            scipy.ndimage.rotate(there, degrees, axes=(1, 2), reshape=False, order=3, mode="grid-constant", cval=-1.0)
             for degrees in (-change.degrees, change.degrees)
         )
         middle = np.s_[:, 6:-6, 6:-6]  # nothing came round from the other side

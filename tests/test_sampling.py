@@ -120,7 +120,7 @@ def test_a_folder_of_an_earlier_version_is_gone_on_with_by_its_solver_alone(tiny
     asked = {"solver": "heun", "schedule": "equal", "rescale": 0.0}
     path = generate(tiny_run, tmp_path, count=1, **asked)[0]
     facts = json.loads(sidecar(path).read_text())
-    for unsaid in (("rescale",), ("schedule", "autoguidance"), ("solver", "guidance", "asked", "slices")):
+    for unsaid in (("kept_noise",), ("rescale",), ("schedule", "autoguidance"), ("solver", "guidance", "asked", "slices")):
         for name in unsaid:
             del facts[name]
         sidecar(path).write_text(json.dumps(facts))
@@ -164,6 +164,30 @@ def test_what_is_guided_gets_the_spread_of_what_is_not(model):
     torch.testing.assert_close(drawn(guidance=1.0, autoguidance=1.0, rescale=0.5), plain)
 
 
+def test_noise_that_is_kept_is_noise_that_was_found(model):
+    """One step of Euler over the middle of the path, by hand; the same latents without any."""
+
+    def drawn(**options: float) -> torch.Tensor:
+        return model.draw("flow", 3, 0, asked=Sampling(steps=8, schedule="equal", solver="euler", guidance=1.0, **options)).latent
+
+    x, prior = noise_of(model, 3), model._flow
+    for step in range(8):
+        t = torch.tensor([step / 8])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=prior.cfg.precision == "bf16"):
+            v = prior.network(x, t, told_nothing_new(model, 3))
+        found = x - t * v
+        x = x + (v + (0.2 * found / t if 0.1 < t < 0.5 else 0)) / 8
+    torch.testing.assert_close(drawn(kept_noise=0.2), prior.code.decode(x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(drawn(kept_noise=0.0), drawn())
+    assert (drawn(kept_noise=0.2) - drawn()).abs().mean() > 0.01
+
+
+def told_nothing_new(model, seed: int) -> torch.Tensor:
+    """The conditions that `draw` picks: [1 K]."""
+    told = model._flow.known.pick(generator(seed, 0, stream=11), model._flow.known.given({}))
+    return model._flow.conditioning.standard(torch.tensor([told.values]))
+
+
 def noise_of(model, seed: int) -> torch.Tensor:
     """What `draw` starts from."""
     random = generator(seed, 0, stream=11)
@@ -183,6 +207,9 @@ def noise_of(model, seed: int) -> torch.Tensor:
         ({"rescale": 1.5}, ConfigError, "rescale 1.5: from 0, none, to 1"),
         ({"rescale": math.nan}, ConfigError, "rescale nan"),
         ({"rescale": 0.5, "prior": "normal"}, InputError, "prior 'normal' knows no --rescale"),
+        ({"kept_noise": 0.6}, ConfigError, "kept noise 0.6: from 0, none, to 0.5"),
+        ({"kept_noise": math.nan}, ConfigError, "kept noise nan"),
+        ({"kept_noise": 0.1, "prior": "normal"}, InputError, "prior 'normal' knows no --kept-noise"),
         ({"schedule": "even"}, ConfigError, "schedule 'even': no such"),
         ({"autoguidance": 1.5, "prior": "normal"}, InputError, "prior 'normal' knows no --autoguidance"),
         ({"steps": 0}, ConfigError, "steps 0: at least 1"),

@@ -200,6 +200,7 @@ def generate(
     guidance: options.Guidance = None,
     autoguidance: options.Autoguidance = None,
     rescale: options.Rescale = None,
+    kept_noise: options.KeptNoise = None,
     condition: options.Conditions = None,
     slices: options.SlicesOfVolume = None,
 ) -> None:
@@ -216,7 +217,7 @@ def generate(
     paths = generate(
         model, out, count=count, seed=seed, prior=prior, steps=steps, overwrite=overwrite, solver=solver, guidance=guidance,
         conditions=options.conditions(condition or []), slices=slices, schedule=schedule, autoguidance=autoguidance,
-        rescale=rescale,
+        rescale=rescale, kept_noise=kept_noise,
     )  # fmt: skip
     for path in paths if is_first() else ():
         typer.echo(path)

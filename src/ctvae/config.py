@@ -39,6 +39,7 @@ Steps = Annotated[int, Field(ge=1)]
 Sides = tuple[Steps, Steps, Steps]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+MOST_KEPT = 0.5  # of the noise that the flow finds
 
 
 class Data(Section):
@@ -179,6 +180,7 @@ class Prior(Training):
     guidance: float = Field(1.5, ge=0, allow_inf_nan=False, description="classifier-free guidance by the conditions; 1: none")
     autoguidance: float = Field(1.0, ge=0, allow_inf_nan=False, description="guidance away from the Gaussian; 1: none")
     rescale: float = Field(0.5, ge=0, le=1, description="how far guided samples get the spread of unguided ones; 0: not at all")
+    kept_noise: float = Field(0.0, ge=0, le=MOST_KEPT, description="share of the noise found midway that is kept as detail")
     time_shift: float = Field(-0.8, ge=-10, le=10, description="of the logit of training times: lower is nearer to the noise")
     time_spread: Positive = Field(1.4, description="of the logit of training times")
     null_probability: float = Field(0.1, ge=0, le=1, description="share of steps that hide the conditions")

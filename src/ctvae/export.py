@@ -28,7 +28,7 @@ PRIORS = ("flow", "normal")  # the fitted ones hold whole training latents
 CONFIG, CARD = "config.yaml", "README.md"
 NETWORKS = ("flow.",)
 OF_GROUPS = ("conditions.known", "conditions.scan_mm")
-DRAWING = ("sampling_steps", "guidance", "autoguidance", "rescale", "told")
+DRAWING = ("sampling_steps", "guidance", "autoguidance", "rescale", "kept_noise", "told")
 SETTABLE = tuple(f"prior.{name}" for name in DRAWING)  # the rest describes what was trained
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 SOLVERS = ("ab2", "heun", "euler")  # the default first
 SCHEDULES = ("logit", "equal")
 STRETCH, SHIFT = 1.5, 0.5  # of the schedule `logit`, by measurement (benchmarks/results.md)
+KEPT_FROM, KEPT_TO = 0.1, 0.5  # times between which noise is kept: before, layout is decided; after, little makes detail of it
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B ...], t [B]) -> velocity [B ...]
 
 
@@ -110,6 +111,25 @@ def rescaled(led: Tensor, velocity: Tensor, x: Tensor, t: Tensor, share: float) 
     guess, plain = x + left * led, x + left * velocity
     narrower = plain.std(axes, correction=0, keepdim=True) / guess.std(axes, correction=0, keepdim=True).clamp_min(1e-6)
     return led + share * (narrower - 1) * (guess - guess.mean(axes, keepdim=True)) / left.clamp_min(1e-3)
+
+
+def keeping_noise(velocity: Velocity, share: float) -> Velocity:
+    """`velocity` that from KEPT_FROM to KEPT_TO counts `share` of the noise that it finds as data.
+
+        x_0 found = x_t - t v,   kept: v + share (x_t - t v) / t
+
+    What a network is unsure of it averages, so that it takes too much for noise, a little at each step, and samples are smoother
+    than data. With 1 / (1 - share) for their scale this is epsilon scaling (Ning et al. 2024), there at all times.
+    """
+    if not share:
+        return velocity
+
+    def kept(x: Tensor, t: Tensor) -> Tensor:
+        v, tb = velocity(x, t), t.view(-1, *[1] * (x.ndim - 1))
+        inside = (tb > KEPT_FROM) & (tb < KEPT_TO)
+        return torch.where(inside, v + share * (x - tb * v) / tb.clamp_min(KEPT_FROM), v)
+
+    return kept
 
 
 def guided(velocity: Tensor, away: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:

@@ -28,7 +28,7 @@ __all__ = ["Model", "Synthetic", "generate", "interpolate", "load", "packaged_mo
 DESCRIPTION = "SYNTHETIC CT made by ctvae, not a patient"
 MOST_DESCRIBED = 79  # letters in a NIfTI header
 # Of sidecars that do not say all of it:
-BEFORE = {"steps": None, "solver": "heun", "schedule": "equal", "autoguidance": 1.0, "rescale": 0.0}
+BEFORE = {"steps": None, "solver": "heun", "schedule": "equal", "autoguidance": 1.0, "rescale": 0.0, "kept_noise": 0.0}
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,13 @@ class Model(TrainedModel):
         schedule: str | None = None,
         autoguidance: float | None = None,
         rescale: float | None = None,
+        kept_noise: float | None = None,
     ) -> Synthetic:
         """Volume number `index` of `seed`: the same whatever else is generated, in HU, int16, with a patient's spacing.
 
         The rest as in the verb `ctvae.generate`. Raises ModelError, ConfigError or InputError.
         """
-        asked = Sampling(steps, solver, guidance, conditions or {}, slices, schedule, autoguidance, rescale)
+        asked = Sampling(steps, solver, guidance, conditions or {}, slices, schedule, autoguidance, rescale, kept_noise)
         return self.sampled(seed, index, prior, asked)
 
     def sampled(self, seed: int, index: int, prior: str, asked: Sampling) -> Synthetic:
@@ -129,12 +130,14 @@ def generate(
     schedule: str | None = None,
     autoguidance: float | None = None,
     rescale: float | None = None,
+    kept_noise: float | None = None,
 ) -> list[Path]:
     """Write `count` synthetic scans of `seed` as NIfTI with JSON sidecars, and `contact-sheet.png`; returns the scans.
 
     `steps`, `solver` (ab2, heun or euler), `schedule` of the steps (logit or equal), `guidance` by the conditions and
     `autoguidance` away from the Gaussian (1: none) are the flow's, and so is `rescale`: how far what is guided gets the spread of
-    what is not (0 to 1); none of them: the model's own.
+    what is not (0 to 1), and `kept_noise`: the share of the noise found midway that is kept as detail (0: none); None:
+    the model's own.
     `conditions` are what the scans are to be, by name, such as {"position": 0.4, "sex": "F"}; what is not given is drawn
     from the training groups nearest to it. `slices` none: as many as the model's groups. Fewer are the middle of a group;
     more are one volume of overlapping slabs denoised together (spatial latents only), at a position along the body that is
@@ -143,7 +146,8 @@ def generate(
     Scans that the same call wrote before are kept. Processes that torchrun started share them out. Raises ModelError and
     ConfigError, and InputError where other scans are in the way or the model cannot do what is asked.
     """
-    folder, asked = Path(out), Sampling(steps, solver, guidance, conditions or {}, slices, schedule, autoguidance, rescale)
+    asked = Sampling(steps, solver, guidance, conditions or {}, slices, schedule, autoguidance, rescale, kept_noise)
+    folder = Path(out)
     paths = [folder / f"synthetic-{seed}-{index:04d}.nii.gz" for index in range(count)]
     with joined() as ranks:
         if ranks.first:
@@ -177,7 +181,7 @@ def _refuse_foreign(paths: list[Path], model: Model, prior: str, asked: Sampling
         if path.exists() and sidecar(path).exists() and not ours.items() <= {**before, **_told(sidecar(path))}.items():
             raise InputError(
                 f"{path}: was made by another model, prior or --steps, --solver, --schedule, --guidance, --autoguidance, "
-                "--rescale, --condition, --slices; choose another --out or --overwrite"
+                "--rescale, --kept-noise, --condition, --slices; choose another --out or --overwrite"
             )
 
 

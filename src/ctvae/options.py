@@ -85,6 +85,10 @@ Rescale = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="How far guided scans get the contrast of unguided ones. [default: the model's]"),
 ]
+KeptNoise = Annotated[
+    float | None,
+    typer.Option(min=0, max=0.5, help="How much of the noise found midway is kept as detail. [default: the model's]"),
+]
 Conditions = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=VALUE", help="What to be, e.g. position=0.4 or sex=F; repeatable. [default: as in training]"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ctvae import flow, slabs
 from ctvae.conditions import Known, Told
-from ctvae.config import Prior, nearest
+from ctvae.config import MOST_KEPT, Prior, nearest
 from ctvae.errors import ConfigError, InputError
 from ctvae.latents import LatentCode
 from ctvae.models.velocity import Velocity
@@ -37,6 +37,7 @@ class Sampling:
     schedule: str | None = None
     autoguidance: float | None = None
     rescale: float | None = None
+    kept_noise: float | None = None
 
     def __post_init__(self) -> None:
         for what, name, known in (("solver", self.solver, flow.SOLVERS), ("schedule", self.schedule, flow.SCHEDULES)):
@@ -49,6 +50,8 @@ class Sampling:
                 raise ConfigError(f"{what} {weight}: 0 or more; 1 is none")
         if self.rescale is not None and not 0 <= self.rescale <= 1:
             raise ConfigError(f"rescale {self.rescale}: from 0, none, to 1")
+        if self.kept_noise is not None and not 0 <= self.kept_noise <= MOST_KEPT:
+            raise ConfigError(f"kept noise {self.kept_noise}: from 0, none, to {MOST_KEPT:g}")
         if self.slices is not None and self.slices < 2:
             raise InputError(f"slices {self.slices}: a volume has at least 2")
 
@@ -61,6 +64,7 @@ class Sampling:
             "guidance": cfg.guidance if self.guidance is None else self.guidance,
             "autoguidance": cfg.autoguidance if self.autoguidance is None else self.autoguidance,
             "rescale": cfg.rescale if self.rescale is None else self.rescale,
+            "kept_noise": cfg.kept_noise if self.kept_noise is None else self.kept_noise,
             "asked": {**cfg.told, **self.conditions},
             "slices": self.slices or shape[0],
         }
@@ -73,6 +77,7 @@ class Sampling:
             "--guidance": self.guidance,
             "--autoguidance": self.autoguidance,
             "--rescale": self.rescale,
+            "--kept-noise": self.kept_noise,
             "--condition": self.conditions or None,
         }
         return [name for name, value in given.items() if value is not None]
@@ -120,6 +125,7 @@ class FlowPrior:
         each = [told.having("position", position) for position in positions] or [told]
         velocities = [self._guided(one, facts["guidance"], facts["autoguidance"], facts["rescale"]) for one in each]
         velocity = slabs.joint(velocities, starts, latent_shape[1]) if positions else velocities[0]
+        velocity = flow.keeping_noise(velocity, facts["kept_noise"])
         x1 = flow.sample(velocity, x0, flow.times(facts["steps"], facts["schedule"]), facts["solver"])
         if positions:
             told = told.having("position", (positions[0] + positions[-1]) / 2)
