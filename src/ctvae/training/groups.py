@@ -126,7 +126,7 @@ def in_plane(x: Tensor, degrees: float, zoom: float) -> Tensor:
     """Every slice of x [1 D H W] in -1..1 turned about its centre (from W towards H) and magnified; air comes in at the edges.
 
     By cubic splines (Unser 1999), which keep the power of detail. Straight lines between neighbours blur, and a prior that is
-    told of each turn still takes what is blurred near no turn for what scans look like without one (docs/log.md).
+    told of each turn still takes what is blurred near no turn for what scans look like without one (docs/decisions/0013).
     """
     from scipy import ndimage
 
