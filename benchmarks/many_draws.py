@@ -5,6 +5,7 @@
 
 Each draw takes `size` of the samples, and one group at random of each real patient but `size`, as the report's classifiers do
 (all: training patients too), or of each patient that no model was trained on (held out). Mean and standard deviation over draws.
+Then slice-to-slice change and noise in soft tissue of all samples, in shares of what all real patients have on average.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ def main() -> None:
         x, y = (np.stack([np.atleast_2d(getattr(summary, space))[0] for summary in side]) for side in seen[::-1])
         found = {whom: _draws(x, y, _patients(real, whom), asked.size, asked.draws) for whom in ("all", "held out")}
         print(f"{space:8s}", *(f"{whom} {np.mean(aucs):.3f} +-{np.std(aucs):.3f}" for whom, aucs in found.items()), sep="   ")
+    everyone = _patients(real, "all").values()
+    for name, measure in (("slice-to-slice change", "step_hu"), ("noise in soft tissue", "noise_hu")):
+        theirs, ours = (np.array([getattr(summary, measure) for summary in side]) for side in seen)
+        each = [theirs[places][np.isfinite(theirs[places])] for places in everyone]  # some have no even soft tissue
+        print(f"{name} {np.nanmean(ours) / np.mean([values.mean() for values in each if len(values)]):.3f} of real")
 
 
 def _measured(scans: list[Scan], grid: Grid, name: str) -> list[Summary]:

@@ -165,7 +165,7 @@ def test_what_is_guided_gets_the_spread_of_what_is_not(model):
 
 
 def test_noise_that_is_kept_is_noise_that_was_found(model):
-    """One step of Euler over the middle of the path, by hand; the same latents without any."""
+    """Eight steps of Euler by hand; none kept is as nothing asked."""
 
     def drawn(**options: float) -> torch.Tensor:
         return model.draw("flow", 3, 0, asked=Sampling(steps=8, schedule="equal", solver="euler", guidance=1.0, **options)).latent

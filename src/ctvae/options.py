@@ -87,7 +87,7 @@ Rescale = Annotated[
 ]
 KeptNoise = Annotated[
     float | None,
-    typer.Option(min=0, max=0.5, help="How much of the noise found midway is kept as detail. [default: the model's]"),
+    typer.Option(min=0, help="How much of the noise found midway is kept as detail. [default: the model's]"),
 ]
 Conditions = Annotated[
     list[str] | None,
