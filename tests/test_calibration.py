@@ -17,6 +17,7 @@ from ctvae.calibration import (
     Calibration,
     Example,
     Places,
+    _grained,
     between_slices,
     body,
     curve,
@@ -29,6 +30,7 @@ from ctvae.calibration import (
 )
 from ctvae.checkpoint import load, save
 from ctvae.errors import ModelError
+from ctvae.grain import Grain
 from ctvae.models.tone import KNOTS
 from ctvae.tiling import tiled
 
@@ -254,6 +256,11 @@ def test_a_file_gives_the_same(tmp_path):
     example = stippled(1)
     made = calibration(example.raw, example.toned)
     torch.testing.assert_close(Calibration.load(tmp_path / FILE)(example.raw, example.toned), made)
+    assert Calibration.load(tmp_path / FILE).grain is None
+    grain = Grain(noise(1, (7, 7, 7))[0, 0], noise(2, (7, 7, 7))[0, 0], torch.linspace(0.5, 1.5, 11))
+    replace(calibration, grain=grain).save(tmp_path / FILE)
+    for name, values in vars(Calibration.load(tmp_path / FILE).grain).items():
+        assert torch.equal(values, getattr(grain, name))
 
 
 def test_a_file_of_before_smooths_no_lungs_and_moves_no_levels(tmp_path):
@@ -272,6 +279,8 @@ def test_a_file_of_before_smooths_no_lungs_and_moves_no_levels(tmp_path):
     [
         ({"rim": torch.zeros(3)}, {}), ({"lung": torch.full((KNOTS,), torch.nan)}, {}), ({}, {"sigma": -1.0}),
         ({}, {"gain": "much"}), ({}, {"soft": [0.2, -0.1]}), ({}, {"soft": None}),
+        ({"grain.soft": torch.zeros(7, 7, 7)}, {}),
+        (dict.fromkeys(("grain.soft", "grain.lung", "grain.strengths"), torch.zeros(3)), {}),
         ({}, {"lung_sigma": "wide"}), ({}, {"level": -1.5}), ({}, {"level_gain": -0.5}),
     ],
 )  # fmt: skip
@@ -281,6 +290,48 @@ def test_a_damaged_file_is_one_line(tmp_path, curves, meta):
     save(tmp_path / FILE, {**tensors, **curves}, {**told, **meta})
     with pytest.raises(ModelError, match=FILE):
         Calibration.load(tmp_path / FILE)
+
+
+def test_grain_is_the_noise_that_is_missing():
+    """Decoders give half of a scan's variance or less; samples with grain have all of it, in the frequencies of scans."""
+    smooth = torch.from_numpy(ndimage.gaussian_filter(noise(1)[0, 0].numpy(), 0.8, mode="wrap"))[None, None]
+    decoded = 0.05 + 0.01 * smooth / smooth.std()
+    known = (0.5, 1.0, 1.5, 0.8)
+    examples = [Example(decoded, decoded, decoded + 0.02 * s * noise(10 + n), SOFT) for n, s in enumerate(known)]
+    calibration = replace(fit(examples, SOFT), gain=0.0)
+    wanted = 0.02 * np.sqrt(np.mean(np.square(known)))
+    assert calibration.grain is not None
+    made = calibration(decoded, decoded, None, noise(50))
+    added = (made - decoded)[0, 0, 4:-4, 4:-4, 4:-4]
+    assert added.std().item() < 1.15 * wanted  # the gain has brought some of it
+    refitted = _grained([(e, e.under(calibration)) for e in examples], calibration)
+    added = (refitted(decoded, decoded, None, noise(50)) - decoded)[0, 0, 4:-4, 4:-4, 4:-4]
+    assert added.std().item() == pytest.approx(wanted, rel=0.06)
+    for axis in range(3):
+        a, b = (added.narrow(axis, start, added.shape[axis] - 1) for start in (0, 1))
+        assert abs((a * b).mean() / added.square().mean()) < 0.1  # white, as what is missing is
+    torch.testing.assert_close(refitted(decoded, decoded), decoded, atol=1e-4, rtol=0)  # without: as it is
+
+
+def test_a_decoder_that_lacks_no_noise_gets_no_grain():
+    real = 0.05 + 0.02 * noise(3)
+    assert fit([Example(real, real, real, SOFT)] * 4, SOFT).grain is None
+
+
+def test_lungs_have_grain_of_their_own_and_air_has_none():
+    real, decoded = chest(-0.7, -0.95, seed=5), chest(-0.7, -0.95, seed=5)
+    inside = (0, 0, slice(4, 18), slice(4, 18), slice(4, 18))
+    real[inside] += 0.05 * noise(9, (14, 14, 14))[0, 0]
+    decoded = torch.cat((decoded, torch.full((1, 1, 24, 32, 12), -1.0)), dim=4)
+    real = torch.cat((real, torch.full((1, 1, 24, 32, 12), -1.0)), dim=4)
+    calibration = fit([Example(decoded, decoded, real, SOFT)], SOFT)
+    white = noise(60, tuple(decoded.shape[2:]))
+    added = calibration(decoded, decoded, None, white) - calibration(decoded, decoded)
+    lung, soft = added[0, 0, 7:15, 7:15, 7:15], added[0, 0, :, 2:-2, 24:28]
+    assert calibration.grain is not None
+    assert lung.std().item() > 10 * soft.std().item()
+    assert calibration.grain.lung.square().sum().sqrt().item() == pytest.approx(0.05, rel=0.25)
+    assert not added[Places.of(decoded, SOFT).empty].any()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -294,8 +345,17 @@ def test_what_lies_beyond_the_halo_does_not_matter(seed):
     knots = torch.linspace(-1, 1, KNOTS)
     calibration = Calibration(knots - 0.1, 0.8 * knots, 0.5 * knots, 0.6, 0.5, SOFT, lung_sigma=0.8, slice_gain=0.7)
     one = (1, 1, 1)
-    pieces = tiled(lambda part: calibration(part, part), x, factor_in=one, factor_out=one, tile=(3, 24, 24), halo=(HALO, 0, 0))
-    torch.testing.assert_close(pieces, calibration(x, x), atol=1e-6, rtol=0)
+    taps = noise(seed + 20, (2, 7, 7))[0, 0].repeat(1, 4, 1)[:, :7] * 0.01
+    calibration = replace(calibration, grain=Grain(*taps[:, None].expand(2, 7, 7, 7).unbind(), torch.ones(2)))
+    white = noise(seed + 30, shape)
+    both = torch.cat((x, white), dim=1)
+
+    def apply(part: Tensor) -> Tensor:
+        return calibration(part[:, :1], part[:, :1], None, part[:, 1:])
+
+    pieces = tiled(apply, both, factor_in=one, factor_out=one, tile=(3, 24, 24), halo=(HALO, 0, 0))
+    torch.testing.assert_close(pieces, calibration(x, x, None, white), atol=1e-6, rtol=0)
+    assert not torch.equal(pieces, calibration(x, x))
 
 
 def test_none_is_none():

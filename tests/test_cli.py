@@ -321,7 +321,7 @@ def test_options_arrive_as_they_were_typed(monkeypatch, capsys, generate_module)
     assert seen == {
         "model": "run", "out": Path("x"), "count": 7, "seed": 3, "prior": "normal", "steps": 9, "overwrite": False,
         "solver": None, "guidance": None, "conditions": {}, "slices": None, "schedule": None, "autoguidance": None,
-        "rescale": None, "kept_noise": None,
+        "rescale": None, "kept_noise": None, "grain": None,
     }  # fmt: skip
 
 

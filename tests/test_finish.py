@@ -14,11 +14,14 @@ from scipy import ndimage
 from ctvae.calibration import Calibration, Places
 from ctvae.checkpoint import Checkpoints, load
 from ctvae.config import load_config, load_recipe, with_overrides
+from ctvae.device import generator
 from ctvae.errors import ConfigError, ModelError
 from ctvae.generate import load as load_model
+from ctvae.grain import Grain
 from ctvae.models import build
 from ctvae.models.discriminator import PatchDiscriminator
 from ctvae.models.tone import KNOTS, Tone
+from ctvae.models.wavelet3d import Decoder
 from ctvae.ranks import ALONE
 from ctvae.runlog import Clock
 from ctvae.training import finish
@@ -237,8 +240,9 @@ def test_losses_see_what_comes_out_in_the_end_and_move_soft_tissue_alone(tiny_ru
     raw = torch.from_numpy(0.5 * grain / grain.std() - 0.7).float().clamp(-1, 0.3)[None, None].requires_grad_()
     tone = objective.network.decoder.tone
     monkeypatch.setattr(type(objective.network.decoder), "raw", lambda self, z: raw)
-    _, made, held = objective._decoded(torch.zeros(1, *objective.network.latent_shape))
+    _, made, grained, held = objective._decoded(torch.zeros(1, *objective.network.latent_shape), generator(0, 0))
     torch.testing.assert_close(made, calibration(raw, tone(raw)))
+    assert grained is made
     where, bone = Places.of(tone(raw).detach(), SOFT), tone(raw) > SOFT[1]
     soft = ~(where.empty | where.rim | where.lung | where.cavity | bone)
     assert all(place.any() for place in (where.empty, where.rim, where.lung, where.cavity, bone, soft))
@@ -249,6 +253,33 @@ def test_losses_see_what_comes_out_in_the_end_and_move_soft_tissue_alone(tiny_ru
     assert found[soft].abs().min() > 0
 
 
+def test_adversary_and_statistics_see_grain_and_reconstructions_have_none(tiny_run, monkeypatch):
+    """Grain as the calibration gives it to what is generated, of noise from the step's randomness; gradients pass it by."""
+    taps = torch.zeros(7, 7, 7)
+    taps[3, 3, 3] = 0.02
+    plain = objective_of(tiny_run, Calibration.nothing(SOFT))
+    objective = objective_of(tiny_run, dataclasses.replace(Calibration.nothing(SOFT), grain=Grain(taps, 0 * taps, torch.ones(2))))
+    raw = (0.04 + 0.02 * torch.randn(1, 1, 48, 32, 32, generator=generator(0, 1))).requires_grad_()
+    monkeypatch.setattr(type(objective.network.decoder), "raw", lambda self, z: raw)
+    z = torch.zeros(1, *objective.network.latent_shape)
+    _, made, grained, _ = objective._decoded(z, generator(0, 0))
+    torch.testing.assert_close(made, plain._decoded(z, generator(0, 0))[1])
+    noise = objective.calibration.grain.white(raw.shape, generator(0, 0))
+    torch.testing.assert_close(grained, made + 0.02 * noise)
+    (found,), (exact,) = (torch.autograd.grad(y.sum(), raw) for y in (grained, plain._decoded(z, generator(0, 0))[1]))
+    torch.testing.assert_close(found, exact)
+
+    monkeypatch.undo()
+    x = torch.full((1, 1, *load_config(tiny_run / "config.yaml").data.shape), 0.04)
+    drawn = torch.randn(1, *objective.network.latent_shape, generator=generator(0, 2))
+    monkeypatch.setattr(Decoder, "raw", lambda self, z: torch.full((len(z), 1, *x.shape[2:]), 0.04, requires_grad=True))
+    (_, without, before), (_, seen, terms) = (each(x, drawn, generator(0, 3)) for each in (plain, objective))
+    assert seen.std().item() == pytest.approx(0.02, rel=0.05)
+    assert without.std() < 1e-6
+    torch.testing.assert_close(terms["reconstruction"], before["reconstruction"])
+    assert not torch.equal(terms["adversarial"], before["adversarial"])
+
+
 def test_where_the_calibration_has_the_say_no_voxel_moves(tiny_run, monkeypatch):
     """Elsewhere means of 4x4x4 voxels are held alone: texture may change there, and would grow in what is smoothed after."""
     objective = objective_of(tiny_run, Calibration.nothing(SOFT))
@@ -257,7 +288,7 @@ def test_where_the_calibration_has_the_say_no_voxel_moves(tiny_run, monkeypatch)
     for value, moved in ((0.1, 0.0), (-0.8, 0.1)):  # soft tissue; all of it dark: a cavity
         before = torch.full((1, 1, *shape), value)
         monkeypatch.setattr(type(objective.network.decoder), "raw", lambda *_, of=before: of + texture)
-        raw, _, held = objective._decoded(torch.zeros(1, *objective.network.latent_shape))
+        raw, _, _, held = objective._decoded(torch.zeros(1, *objective.network.latent_shape), generator(0, 0))
         assert held.all() == (moved > 0)
         torch.testing.assert_close(objective.anchor(raw, before, held), torch.tensor(moved))
 

@@ -16,7 +16,8 @@ Curves of all scans together take each scan's soft tissue towards the mean of al
 soft tissue, is moved away from the mean one again, and soft tissue with it.
 
 Then, in all but empty air, what a Gaussian takes away of soft tissue and its edges grows by `gain`: decoders blur. And what one
-along D takes away of what is brighter, bone, by `slice_gain`: they blur that most, and from slice to slice.
+along D takes away of what is brighter, bone, by `slice_gain`: they blur that most, and from slice to slice. The noise that soft
+tissue and lungs still lack is measured too, and drawn for what is generated (`grain.py`).
 
 Curves are monotone maps of one distribution to another (histogram matching; Gonzalez and Woods 2018, section 3.3). `sigma` is the
 one with which neighbours in outlines differ as much as in scans, the gains those with which detail has as much power, and levels
@@ -33,11 +34,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ctvae.checkpoint import load, save
+from ctvae.device import generator
 from ctvae.errors import ModelError
+from ctvae.grain import Covariance, Grain, blurred, missing, strengths
 from ctvae.models.tone import KNOTS, about, counts, matched
 
 FILE = "calibration.safetensors"
@@ -52,6 +54,7 @@ ROUGHER = 1.1  # times as much as in scans neighbours in lungs differ where they
 FINE_SIGMA = 0.6  # voxels: fine detail is what this takes away
 HALVINGS = 6  # of the range in which sigma and gain are looked for
 CURVES = ("rim", "lung", "cavity")
+GRAIN = ("soft", "lung", "strengths")
 MIDDLE = 0.375  # of the soft tissue window, about its middle: muscle and organs
 MOST_LEVELS = 2**20  # voxels that a level is taken from
 FEWEST_LEVELS = 8  # examples of which a line can be drawn
@@ -61,6 +64,7 @@ BLUR = 2  # voxels that a Gaussian reaches
 HALO = AROUND + REACH + BORDER + 2 * BLUR  # voxels that a voxel can depend on, along each axis: lungs' smoothing, then detail
 Window = tuple[float, float]
 Detail = Callable[[Tensor, Window], Tensor]
+Shown = Sequence[tuple["Example", Tensor]]  # each under curves and levels
 
 
 @dataclass(frozen=True)
@@ -75,23 +79,39 @@ class Calibration:
     slice_gain: float = 0.0  # nor have they this
     level: float = 0.0  # the mean one, -1..1
     level_gain: float = 0.0
+    grain: Grain | None = None
 
-    def __call__(self, raw: Tensor, toned: Tensor, level: float | None = None) -> Tensor:
+    def __call__(self, raw: Tensor, toned: Tensor, level: float | None = None, noise: Tensor | None = None) -> Tensor:
         """What a decoder made, before and after its own curve, as it is to be: [B 1 D H W] each.
 
-        `level`: of the whole volume (`level_of`, of what is toned); none, as of a patch: soft tissue stays where it is.
+        `level`: of the whole volume (`level_of`, of what is toned); none, as of a patch: soft tissue stays where it is. `noise`:
+        white noise times its strength, which grain is made of; none: without grain.
         """
-        return self.applied(raw, toned, Places.of(toned, self.soft), level)
+        places = Places.of(toned, self.soft)
+        x = self.applied(raw, toned, places, level)
+        return x if noise is None else self.with_grain(x, places, noise)
 
     def applied(self, raw: Tensor, toned: Tensor, where: Places, level: float | None = None) -> Tensor:
-        """The same where the places are known."""
+        """The same where the places are known, without grain."""
+        return self.sharpened(self.levelled(raw, toned, where, level), where)
+
+    def levelled(self, raw: Tensor, toned: Tensor, where: Places, level: float | None = None) -> Tensor:
+        """As far as curves and levels go."""
         out = torch.where(where.rim, curve(smoothed(raw, self.sigma, self.soft), self.rim), toned)
         out = torch.where(where.lung, curve(smoothed_within(raw, where.lung, self.lung_sigma), self.lung), out)
         out = torch.where(where.cavity, curve(raw, self.cavity), out)
         if level is not None and self.level_gain:
             out = out + self.level_gain * (level - self.level) * softness(out, self.soft)
-        finer = self.gain * detail(out, self.soft) + self.slice_gain * between_slices(out, self.soft)
-        return torch.where(where.empty, out, out + finer)
+        return out
+
+    def sharpened(self, x: Tensor, where: Places) -> Tensor:
+        """What is `levelled`, with more of its detail."""
+        finer = self.gain * detail(x, self.soft) + self.slice_gain * between_slices(x, self.soft)
+        return torch.where(where.empty, x, x + finer)
+
+    def with_grain(self, x: Tensor, where: Places, noise: Tensor) -> Tensor:
+        """What is `applied`, with grain of white noise times its strength: [B 1 D H W] each."""
+        return x if self.grain is None else x + self.grain(noise, softness(x, self.soft) * ~where.empty, where.lung)
 
     @classmethod
     def nothing(cls, soft: Window) -> Calibration:
@@ -105,7 +125,9 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         numbers = {name: getattr(self, name) for name in NUMBERS}
-        save(path, {name: getattr(self, name) for name in CURVES}, {**numbers, "soft": list(self.soft)})
+        curves = {name: getattr(self, name) for name in CURVES}
+        grain = {f"grain.{name}": getattr(self.grain, name) for name in GRAIN} if self.grain else {}
+        save(path, {**curves, **grain}, {**numbers, "soft": list(self.soft)})
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -114,14 +136,18 @@ class Calibration:
         try:
             low, high = (float(value) for value in meta["soft"])
             curves = {name: tensors[name].float() for name in CURVES}
+            grain = None
+            if any(name.startswith("grain.") for name in tensors):
+                grain = Grain(*(tensors[f"grain.{name}"].float() for name in GRAIN))
             numbers = {name: float({**dict.fromkeys(NEWER, 0.0), **meta}[name]) for name in NUMBERS}
             wrong = any(values.shape != (KNOTS,) or not values.isfinite().all() for values in curves.values()) or not low < high
+            wrong = wrong or not (grain is None or grain.sound)
             least = {"level": -1.0}
             if wrong or not all(math.isfinite(value) and least.get(name, 0) <= value <= 10 for name, value in numbers.items()):
                 raise ValueError("its numbers make no sense")
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: damaged ({error}); run `ctvae train` with --stage calibration again") from error
-        return cls(**curves, **numbers, soft=(low, high))  # type: ignore[arg-type]
+        return cls(**curves, **numbers, soft=(low, high), grain=grain)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -152,9 +178,11 @@ class Example:
         self.raw, self.toned, self.real = raw, toned, real
         self.places, self.real_places = Places.of(toned, soft), Places.of(real, soft)
         self.level, self.real_level = level_of(toned, soft), level_of(real, soft)
+        self.real_noise = noise_of(real, self.real_places, soft)
 
     def under(self, calibration: Calibration) -> Tensor:
-        return calibration.applied(self.raw, self.toned, self.places, self.level)
+        """As far as curves and levels go."""
+        return calibration.levelled(self.raw, self.toned, self.places, self.level)
 
 
 def fit(examples: Sequence[Example], soft: Window) -> Calibration:
@@ -166,12 +194,10 @@ def fit(examples: Sequence[Example], soft: Window) -> Calibration:
         return replace(made, rim=rim, sigma=sigma)
 
     rims = _mean_step([(e.real, e.real_places.rim & body(e.real)) for e in examples], soft)
-    made = smoother(_least(lambda sigma: _mean_step(_seen(examples, smoother(sigma)), soft) > rims, MOST_SIGMA))
+    made = smoother(_least(lambda sigma: _mean_step(_rims(examples, smoother(sigma)), soft) > rims, MOST_SIGMA))
     level, level_gain = _levels(examples)
     made = replace(made, level=level, level_gain=level_gain)
-    for name, of in (("gain", detail), ("slice_gain", between_slices)):
-        made = _with(made, name, _strong_enough(examples, made, name, of, soft))
-    return made
+    return _detailed([(e, e.under(made)) for e in examples], made)
 
 
 def _levels(examples: Sequence[Example]) -> tuple[float, float]:
@@ -185,21 +211,69 @@ def _levels(examples: Sequence[Example]) -> tuple[float, float]:
     return float(made.mean()), min(max(slope - 1, 0.0), MOST_LEVEL_GAIN)
 
 
+def _detailed(shown: Shown, made: Calibration) -> Calibration:
+    """With gains, and the grain that is missing then."""
+    for _ in range(2):  # grain is detail too: what it brings is not for the gain to bring
+        made = _with(made, "gain", _strong_enough(shown, made, "gain", detail))
+        made = _grained(shown, made)
+    return _with(made, "slice_gain", _strong_enough(shown, made, "slice_gain", between_slices))
+
+
 def _with(calibration: Calibration, name: str, value: float) -> Calibration:
     return replace(calibration, **{name: value})  # type: ignore[arg-type]
 
 
-def _strong_enough(examples: Sequence[Example], made: Calibration, name: str, of: Detail, soft: Window) -> float:
+def _strong_enough(shown: Shown, made: Calibration, name: str, of: Detail) -> float:
     """The gain of that name with which a kind of detail has the power that it has in scans."""
-    fine = _power(((e.real, body(e.real)) for e in examples), of, soft)
-    return _least(lambda gain: _power(_seen(examples, _with(made, name, gain), True), of, soft) < fine, MOST_GAIN)
+    fine = _power(((e.real, body(e.real)) for e, _ in shown), of, made.soft)
+
+    def weak(gain: float) -> bool:
+        each = (_with(made, name, gain).sharpened(x, e.places) for e, x in shown)
+        grained = (made.with_grain(x, e.places, _white(x)) for x, (e, _) in zip(each, shown, strict=True))
+        return _power(((x, body(x)) for x in grained), of, made.soft) < fine
+
+    return _least(weak, MOST_GAIN)
+
+
+def _white(x: Tensor) -> Tensor:
+    """Noise for grain as strong as scans have on average; always the same."""
+    return torch.randn(x.shape, generator=generator(0, 0, stream=59))
+
+
+def _grained(shown: Shown, made: Calibration) -> Calibration:
+    """With the grain that is missing under its gains, in soft tissue and in lungs."""
+    real = [e.real_noise for e, _ in shown]
+    ours = [noise_of(made.sharpened(x, e.places), e.places, made.soft) for e, x in shown]
+    soft, lung = (tuple([pair[place] for pair in side] for side in (real, ours)) for place in (0, 1))
+    filters = [missing(*(Covariance.total(side) for side in place)) for place in (soft, lung)]
+    return replace(made, grain=Grain(*filters, strengths(*soft)) if any(taps.any() for taps in filters) else None)
+
+
+def noise_of(x: Tensor, places: Places, soft: Window) -> tuple[Covariance, Covariance]:
+    """In soft tissue and in lungs."""
+    return Covariance.of(x, _even(x, soft)), Covariance.of(x, _even_lung(x, places))
+
+
+def _even(x: Tensor, soft: Window) -> Tensor:
+    """Muscle and organs with nothing else within AROUND voxels: bool [1 1 D H W]."""
+    middle, reach = (soft[0] + soft[1]) / 2, MIDDLE * (soft[1] - soft[0]) / 2
+    return (highest(x, AROUND) < middle + reach) & (-highest(-x, AROUND) > middle - reach)
+
+
+def _even_lung(x: Tensor, places: Places) -> Tensor:
+    """Lungs with nothing else next to them, nor large vessels: bool [1 1 D H W]."""
+    return ~highest(~places.lung | (x > BODY), 1)
 
 
 def _lungs(examples: Sequence[Example], soft: Window) -> Calibration:
-    """What nothing is done with but lungs. They are smoothed where they are rougher than those of scans."""
+    """What nothing is done with but lungs. They are smoothed where they are rougher than those of scans.
+
+    Scans' lungs are then smoothed as well before their values are taken: the noise that this takes away is for grain to bring.
+    """
 
     def made(sigma: float) -> Calibration:
-        values = _curve((smoothed_within(e.raw, e.places.lung, sigma), e.real, e.places.lung) for e in examples)
+        sides = (tuple(smoothed_within(x, e.places.lung, sigma) for x in (e.raw, e.real)) for e in examples)
+        values = _curve((*pair, e.places.lung) for pair, e in zip(sides, examples, strict=True))
         return replace(Calibration.nothing(soft), lung=values, lung_sigma=sigma)
 
     plain, dark = made(0.0), (-1.0, soft[0])
@@ -283,16 +357,7 @@ def curve(x: Tensor, values: Tensor) -> Tensor:
 
 def _blurred(x: Tensor, sigma: float, axes: Sequence[int] = (0, 1, 2)) -> Tensor:
     """By neighbours within BLUR voxels; at the volume's ends the last voxel goes on. [1 1 D H W]"""
-    if sigma <= 0:
-        return x
-    weight = torch.exp(-0.5 * (torch.arange(-BLUR, BLUR + 1, dtype=x.dtype, device=x.device) / sigma) ** 2)
-    weight = weight / weight.sum()
-    for axis in axes:
-        size, margin = [1, 1, 1], [0] * 6
-        size[axis] = len(weight)
-        margin[4 - 2 * axis] = margin[5 - 2 * axis] = BLUR
-        x = F.conv3d(F.pad(x, margin, mode="replicate"), weight.view(1, 1, *size))
-    return x
+    return blurred(x, sigma, BLUR, axes, "replicate") if sigma > 0 else x
 
 
 def _curve(places: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -302,11 +367,11 @@ def _curve(places: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     return matched(decoded, real).float()
 
 
-def _seen(examples: Sequence[Example], calibration: Calibration, anywhere: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each reconstruction under a calibration, and where its body is, at the rims or anywhere."""
+def _rims(examples: Sequence[Example], calibration: Calibration) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each reconstruction under curves and levels, and where the rims of its body are."""
     for example in examples:
         x = example.under(calibration)
-        yield x, body(x) if anywhere else example.places.rim & body(x)
+        yield x, example.places.rim & body(x)
 
 
 def _power(volumes: Iterable[tuple[Tensor, Tensor]], of: Detail, soft: Window) -> float:

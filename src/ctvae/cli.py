@@ -201,6 +201,7 @@ def generate(
     autoguidance: options.Autoguidance = None,
     rescale: options.Rescale = None,
     kept_noise: options.KeptNoise = None,
+    grain: options.Grain = None,
     condition: options.Conditions = None,
     slices: options.SlicesOfVolume = None,
 ) -> None:
@@ -217,7 +218,7 @@ def generate(
     paths = generate(
         model, out, count=count, seed=seed, prior=prior, steps=steps, overwrite=overwrite, solver=solver, guidance=guidance,
         conditions=options.conditions(condition or []), slices=slices, schedule=schedule, autoguidance=autoguidance,
-        rescale=rescale, kept_noise=kept_noise,
+        rescale=rescale, kept_noise=kept_noise, grain=grain,
     )  # fmt: skip
     for path in paths if is_first() else ():
         typer.echo(path)

@@ -78,25 +78,35 @@ class Model(TrainedModel):
         autoguidance: float | None = None,
         rescale: float | None = None,
         kept_noise: float | None = None,
+        grain: float | None = None,
     ) -> Synthetic:
         """Volume number `index` of `seed`: the same whatever else is generated, in HU, int16, with a patient's spacing.
 
         The rest as in the verb `ctvae.generate`. Raises ModelError, ConfigError or InputError.
         """
-        asked = Sampling(steps, solver, guidance, conditions or {}, slices, schedule, autoguidance, rescale, kept_noise)
+        asked = Sampling(steps, solver, guidance, conditions or {}, slices, schedule, autoguidance, rescale, kept_noise, grain)
         return self.sampled(seed, index, prior, asked)
 
     def sampled(self, seed: int, index: int, prior: str, asked: Sampling) -> Synthetic:
         """`generate`, with what is asked of the draw as one."""
         draw = self.draw(prior, seed, index, asked=asked)
-        facts = asked.facts(self.cfg.prior, self.shape)
-        hu = _middle(self.decode(draw.latent), facts["slices"])
+        facts = self.facts(asked)
+        hu = _middle(self.decode(draw.latent, generator(seed, index, stream=61), facts.get("grain", 0.0)), facts["slices"])
         x_mm, z_mm = draw.told["pixel_mm"], draw.told["slice_mm"]
         volume = Volume(hu, plain_affine((x_mm, x_mm, z_mm), (hu.shape[0], hu.shape[1], hu.shape[2])))
         origin = {"prior": prior, "prior_sha256": self.prior_hash(prior), "seed": seed, "index": index}
         if draw.positions:
             facts["positions"] = [round(position, 6) for position in draw.positions]
         return Synthetic(volume, self.provenance(**origin, conditions=draw.conditions, **facts))
+
+    def facts(self, asked: Sampling) -> dict[str, Any]:
+        """What is asked of a draw, defaults filled in. Raises InputError where grain is asked of a model that has none."""
+        facts = asked.facts(self.cfg.prior, self.shape)
+        if self.calibration is not None and self.calibration.grain is not None:
+            return {**facts, "grain": 1.0 if asked.grain is None else asked.grain}
+        if asked.grain is not None:
+            raise InputError(f"{self.folder}: has no measured noise for --grain; leave it out, or train --stage calibration anew")
+        return facts
 
     def provenance(self, **facts: Any) -> dict[str, Any]:
         return {
@@ -131,13 +141,14 @@ def generate(
     autoguidance: float | None = None,
     rescale: float | None = None,
     kept_noise: float | None = None,
+    grain: float | None = None,
 ) -> list[Path]:
     """Write `count` synthetic scans of `seed` as NIfTI with JSON sidecars, and `contact-sheet.png`; returns the scans.
 
     `steps`, `solver` (ab2, heun or euler), `schedule` of the steps (logit or equal), `guidance` by the conditions and
     `autoguidance` away from the Gaussian (1: none) are the flow's, and so is `rescale`: how far what is guided gets the spread of
     what is not (0 to 1), and `kept_noise`: the share of the noise found midway that is kept as detail (0: none); None:
-    the model's own.
+    the model's own. `grain`: how strong the noise is that its decoder leaves out, times that of scans (0: none; `grain.py`).
     `conditions` are what the scans are to be, by name, such as {"position": 0.4, "sex": "F"}; what is not given is drawn
     from the training groups nearest to it. `slices` none: as many as the model's groups. Fewer are the middle of a group;
     more are one volume of overlapping slabs denoised together (spatial latents only), at a position along the body that is
@@ -146,7 +157,7 @@ def generate(
     Scans that the same call wrote before are kept. Processes that torchrun started share them out. Raises ModelError and
     ConfigError, and InputError where other scans are in the way or the model cannot do what is asked.
     """
-    asked = Sampling(steps, solver, guidance, conditions or {}, slices, schedule, autoguidance, rescale, kept_noise)
+    asked = Sampling(steps, solver, guidance, conditions or {}, slices, schedule, autoguidance, rescale, kept_noise, grain)
     folder = Path(out)
     paths = [folder / f"synthetic-{seed}-{index:04d}.nii.gz" for index in range(count)]
     with joined() as ranks:
@@ -174,14 +185,14 @@ def _middle(hu: np.ndarray, slices: int) -> np.ndarray:
 
 
 def _refuse_foreign(paths: list[Path], model: Model, prior: str, asked: Sampling) -> None:
-    facts = asked.facts(model.cfg.prior, model.shape)
+    facts = model.facts(asked)
     before = {**Sampling().facts(model.cfg.prior, model.shape), **BEFORE}
     ours = {"model_sha256": model.hash, "prior_sha256": model.prior_hash(prior), "prior": prior, **facts}
     for path in paths:
         if path.exists() and sidecar(path).exists() and not ours.items() <= {**before, **_told(sidecar(path))}.items():
             raise InputError(
                 f"{path}: was made by another model, prior or --steps, --solver, --schedule, --guidance, --autoguidance, "
-                "--rescale, --kept-noise, --condition, --slices; choose another --out or --overwrite"
+                "--rescale, --kept-noise, --grain, --condition, --slices; choose another --out or --overwrite"
             )
 
 

@@ -103,10 +103,10 @@ class Model:
         return Posterior(mean, (0.5 * logvar).exp(), box, scan)
 
     @torch.no_grad()
-    def decode(self, z: Tensor) -> np.ndarray:
-        """Latents [1 ...] -> int16 HU [D H W]."""
+    def decode(self, z: Tensor, noise: torch.Generator | None = None, strength: float = 1.0) -> np.ndarray:
+        """Latents [1 ...] -> int16 HU [D H W]. With `noise`, that of a scan, `strength` times as strong (`grain.py`)."""
         if self.calibration is not None:
-            x = self._calibrated(self.raw(z))
+            x = self._calibrated(self.raw(z), noise, strength)
         elif isinstance(self.cfg.model, Wavelet3D):
             x = self._tiled(self._decoded, z, encoding=False)
         else:
@@ -166,14 +166,20 @@ class Model:
         with self._autocast():
             return self.network.decoder.raw(z.to(self.device)).cpu()
 
-    def _calibrated(self, raw: Tensor) -> Tensor:
+    def _calibrated(self, raw: Tensor, noise: torch.Generator | None, strength: float) -> Tensor:
         """Tile by tile, each with what its voxels depend on: it takes twenty times the memory of a tile."""
         assert self.calibration is not None
         one, reach, calibration = (1, 1, 1), (HALO, HALO, HALO), self.calibration
         level = level_of(self.toned(thinned(raw)), calibration.soft)
-        return tiled(
-            lambda x: calibration(x, self.toned(x), level), raw, factor_in=one, factor_out=one, tile=CALIBRATED_TILE, halo=reach
-        )
+        volumes = [raw]
+        if noise is not None and calibration.grain is not None:
+            volumes.append(strength * calibration.grain.white(raw.shape, noise))
+
+        def apply(x: Tensor) -> Tensor:  # [1 1 D H W], or with white noise [1 2 D H W]
+            raw, *noise = x.split(1, dim=1)
+            return calibration(raw, self.toned(raw), level, *noise)
+
+        return tiled(apply, torch.cat(volumes, dim=1), factor_in=one, factor_out=one, tile=CALIBRATED_TILE, halo=reach)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.autoencoder.precision == "bf16")

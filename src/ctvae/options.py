@@ -89,6 +89,10 @@ KeptNoise = Annotated[
     float | None,
     typer.Option(min=0, help="How much of the noise found midway is kept as detail. [default: the model's]"),
 ]
+Grain = Annotated[
+    float | None,
+    typer.Option(min=0, help="Strength of the noise that its decoder leaves out, times that of scans. [default: 1; 0: none]"),
+]
 Conditions = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=VALUE", help="What to be, e.g. position=0.4 or sex=F; repeatable. [default: as in training]"),

@@ -38,6 +38,7 @@ class Sampling:
     autoguidance: float | None = None
     rescale: float | None = None
     kept_noise: float | None = None
+    grain: float | None = None  # the decoder's, not the flow's
 
     def __post_init__(self) -> None:
         for what, name, known in (("solver", self.solver, flow.SOLVERS), ("schedule", self.schedule, flow.SCHEDULES)):
@@ -52,6 +53,8 @@ class Sampling:
             raise ConfigError(f"rescale {self.rescale}: from 0, none, to 1")
         if self.kept_noise is not None and not 0 <= self.kept_noise <= MOST_KEPT:
             raise ConfigError(f"kept noise {self.kept_noise}: from 0, none, to {MOST_KEPT:g}")
+        if self.grain is not None and not 0 <= self.grain < math.inf:
+            raise ConfigError(f"grain {self.grain}: 0, none, or more; 1 is as in scans")
         if self.slices is not None and self.slices < 2:
             raise InputError(f"slices {self.slices}: a volume has at least 2")
 

@@ -29,6 +29,11 @@ def calibrate(run: Run, data: Dataset) -> None:
     calibration = fit(examples, soft)
     calibration.save(run.folder / CALIBRATION)
     numbers = {name: round(getattr(calibration, name), 4) for name in NUMBERS}
+    if calibration.grain is not None:
+        low, high = model.cfg.data.window_hu
+        for name in ("soft", "lung"):
+            taps = getattr(calibration.grain, name)
+            numbers[f"grain_{name}_hu"] = round(float(taps.square().sum().sqrt()) * (high - low) / 2, 2)  # standard deviation
     run.finish_stage("calibration", groups=len(examples), **numbers)
 
 

@@ -95,8 +95,8 @@ class FinishObjective(nn.Module):
         cfg, pair, network = self.cfg, self.pair, self.network
         encoded = noisy_latents(network, x, cfg.latent_noise, random, self.ranks)
         z = torch.cat((encoded, drawn.to(encoded.dtype)))
-        plain, y, held = self._decoded(z)
-        x, y = within(x, self.margin), within(y, self.margin)
+        plain, decoded, y, held = self._decoded(z, random)
+        x, decoded, y = (within(volumes, self.margin) for volumes in (x, decoded, y))
         again, made = y.chunk(2)
         logits, fake = pair.discriminator(y)
         with torch.no_grad():
@@ -110,17 +110,19 @@ class FinishObjective(nn.Module):
             with torch.no_grad():
                 before = self.before(z) if self.calibration is None else self.before.raw(z)
             terms["anchor"] = cfg.anchor_weight * self.anchor(plain, before, held)
+        plainly = decoded[: len(x)]
         if self.perceptual is not None:
-            terms["perceptual"] = cfg.perceptual_weight * self.perceptual(again, x, random)
-        return x, y, {**self.reconstruction(again, x), **terms}
+            terms["perceptual"] = cfg.perceptual_weight * self.perceptual(plainly, x, random)
+        return x, y, {**self.reconstruction(plainly, x), **terms}
 
     def anchor(self, now: Tensor, before: Tensor, held: Tensor) -> Tensor:
         """How far what is decoded has moved: means of COARSE voxels anywhere, and each voxel that is `held`. [B 1 D H W] each."""
         moved = within((now - before) * held, self.margin).abs().mean()
         return moved + coarse_difference(within(now, self.margin), within(before, self.margin))
 
-    def _decoded(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a calibration is given, or all of it without one; as in use; and what the calibration sees to: [B 1 D H W] each.
+    def _decoded(self, z: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a calibration is given, or all of it without one; as in use, without and with grain; and what the calibration sees
+        to: [B 1 D H W] each.
 
         There no gradients pass: it smooths, sharpens and has curves that jump, so what losses ask for has no effect, or too much,
         and is asked for again. In soft tissue they pass as if it added what it adds (straight through; Bengio et al. 2013).
@@ -130,12 +132,20 @@ class FinishObjective(nn.Module):
         with torch.autocast(raw.device.type, enabled=False):
             toned = raw if decoder.tone is None else decoder.tone(raw)
             if self.calibration is None:
-                return toned, toned, torch.zeros_like(raw, dtype=torch.bool)
+                return toned, toned, toned, torch.zeros_like(raw, dtype=torch.bool)
             fixed = toned.detach()
             places = Places.of(fixed, self.calibration.soft)
             held = self.calibration.sees_to(fixed, places)
             added = self.calibration.applied(raw.detach(), fixed, places) - fixed
-            return raw, torch.where(held, fixed, toned) + added, held
+            decoded = torch.where(held, fixed, toned) + added
+            grain = self.calibration.grain
+            grained = decoded if grain is None else self._grained(decoded, places, grain.white(decoded.shape, random))
+            return raw, decoded, grained, held
+
+    def _grained(self, decoded: Tensor, places: Places, noise: Tensor) -> Tensor:
+        """Statistics and adversary see what is generated in the end: the decoder is to make no noise that is drawn anyway."""
+        assert self.calibration is not None
+        return decoded + (self.calibration.with_grain(decoded.detach(), places, noise.to(decoded)) - decoded.detach())
 
 
 def coarse_difference(a: Tensor, b: Tensor) -> Tensor:
