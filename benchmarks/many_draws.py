@@ -5,7 +5,7 @@
 
 Each draw takes `size` of the samples, and one group at random of each real patient but `size`, as the report's classifiers do
 (all: training patients too), or of each patient that no model was trained on (held out). Mean and standard deviation over draws.
-Then slice-to-slice change and noise in soft tissue of all samples, in shares of what all real patients have on average.
+Then slice-to-slice change, noise in soft tissue and its spectrum, of all samples, in shares of what all real patients have.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from ctvae.evaluation.cohort import Scan, real_scans, synthetic_scans
 from ctvae.evaluation.distances import classifier_auc, standardise
 from ctvae.evaluation.grid import Grid
+from ctvae.evaluation.realism import percent_at_worst
 from ctvae.evaluation.summary import Summary, summarise
 from ctvae.progress import Progress
 
@@ -45,6 +46,12 @@ def main() -> None:
         theirs, ours = (np.array([getattr(summary, measure) for summary in side]) for side in seen)
         each = [theirs[places][np.isfinite(theirs[places])] for places in everyone]  # some have no even soft tissue
         print(f"{name} {np.nanmean(ours) / np.mean([values.mean() for values in each if len(values)]):.3f} of real")
+    theirs, ours = (np.stack([summary.noise for summary in side]) for side in seen)
+    each = [theirs[places][np.isfinite(theirs[places]).all(1)] for places in everyone]
+    real_noise = np.stack([spectra.mean(axis=0) for spectra in each if len(spectra)])
+    ours = ours[np.isfinite(ours).all(1)]
+    shares = ", ".join(f"{share:.2f}" for share in ours.mean(axis=0) / real_noise.mean(axis=0))
+    print(f"noise spectrum by frequency {shares} of real, {percent_at_worst(ours, real_noise):.0f} % off at the worst")
 
 
 def _measured(scans: list[Scan], grid: Grid, name: str) -> list[Summary]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import shutil
@@ -17,6 +16,7 @@ from ctvae.device import generator
 from ctvae.errors import InputError
 from ctvae.generate import Model, generate, sidecar
 from ctvae.grain import QUANTILES, REACH, SIGHT, Covariance, Grain, blurred, filtered, missing, strengths
+from ctvae.models.tone import KNOTS
 
 TAPS = 2 * REACH + 1
 
@@ -100,8 +100,9 @@ def grained(tiny_run, tmp_path_factory):
     run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("grained") / "run")
     taps = torch.zeros(TAPS, TAPS, TAPS)
     taps[REACH, REACH, REACH] = 0.05
-    nothing = Calibration.nothing((-0.16, 0.24))
-    dataclasses.replace(nothing, grain=Grain(taps, taps, torch.linspace(0.5, 1.5, QUANTILES))).save(run / FILE)
+    same = (torch.linspace(-1, 1, KNOTS) for _ in range(3))
+    grain = Grain(taps, taps.clone(), torch.linspace(0.5, 1.5, QUANTILES))
+    Calibration(*same, sigma=0.0, gain=0.0, soft=(-0.16, 0.24), grain=grain).save(run / FILE)
     return run
 
 

@@ -245,8 +245,8 @@ def _grained(shown: Shown, made: Calibration) -> Calibration:
     real = [e.real_noise for e, _ in shown]
     ours = [noise_of(made.sharpened(x, e.places), e.places, made.soft) for e, x in shown]
     soft, lung = (tuple([pair[place] for pair in side] for side in (real, ours)) for place in (0, 1))
-    filters = [missing(*(Covariance.total(side) for side in place)) for place in (soft, lung)]
-    return replace(made, grain=Grain(*filters, strengths(*soft)) if any(taps.any() for taps in filters) else None)
+    in_soft, in_lung = (missing(*(Covariance.total(side) for side in place)) for place in (soft, lung))
+    return replace(made, grain=Grain(in_soft, in_lung, strengths(*soft)) if in_soft.any() or in_lung.any() else None)
 
 
 def noise_of(x: Tensor, places: Places, soft: Window) -> tuple[Covariance, Covariance]:
@@ -272,8 +272,10 @@ def _lungs(examples: Sequence[Example], soft: Window) -> Calibration:
     """
 
     def made(sigma: float) -> Calibration:
-        sides = (tuple(smoothed_within(x, e.places.lung, sigma) for x in (e.raw, e.real)) for e in examples)
-        values = _curve((*pair, e.places.lung) for pair, e in zip(sides, examples, strict=True))
+        def even(x: Tensor, places: Places) -> Tensor:
+            return smoothed_within(x, places.lung, sigma)
+
+        values = _curve((even(e.raw, e.places), even(e.real, e.places), e.places.lung) for e in examples)
         return replace(Calibration.nothing(soft), lung=values, lung_sigma=sigma)
 
     plain, dark = made(0.0), (-1.0, soft[0])
