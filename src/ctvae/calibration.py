@@ -227,10 +227,11 @@ def _strong_enough(shown: Shown, made: Calibration, name: str, of: Detail) -> fl
     """The gain of that name with which a kind of detail has the power that it has in scans."""
     fine = _power(((e.real, body(e.real)) for e, _ in shown), of, made.soft)
 
+    grain = [made.with_grain(x, e.places, _white(x)) - x for e, x in shown]
+
     def weak(gain: float) -> bool:
-        each = (_with(made, name, gain).sharpened(x, e.places) for e, x in shown)
-        grained = (made.with_grain(x, e.places, _white(x)) for x, (e, _) in zip(each, shown, strict=True))
-        return _power(((x, body(x)) for x in grained), of, made.soft) < fine
+        each = (_with(made, name, gain).sharpened(x, e.places) + g for g, (e, x) in zip(grain, shown, strict=True))
+        return _power(((x, body(x)) for x in each), of, made.soft) < fine
 
     return _least(weak, MOST_GAIN)
 
