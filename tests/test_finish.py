@@ -22,7 +22,7 @@ from ctvae.models import build
 from ctvae.models.discriminator import PatchDiscriminator
 from ctvae.models.tone import KNOTS, Tone
 from ctvae.models.wavelet3d import Decoder
-from ctvae.ranks import ALONE
+from ctvae.ranks import ALONE, Ranks
 from ctvae.runlog import Clock
 from ctvae.training import finish
 from ctvae.training.autoencoder import HeldOut
@@ -259,12 +259,18 @@ def test_adversary_and_statistics_see_grain_and_reconstructions_have_none(tiny_r
     taps[3, 3, 3] = 0.02
     plain = objective_of(tiny_run, Calibration.nothing(SOFT))
     objective = objective_of(tiny_run, dataclasses.replace(Calibration.nothing(SOFT), grain=Grain(taps, 0 * taps, torch.ones(2))))
-    raw = (0.04 + 0.02 * torch.randn(1, 1, 48, 32, 32, generator=generator(0, 1))).requires_grad_()
+    raw = (0.04 + 0.02 * torch.randn(2, 1, 48, 32, 32, generator=generator(0, 1))).requires_grad_()
     monkeypatch.setattr(type(objective.network.decoder), "raw", lambda self, z: raw)
-    z = torch.zeros(1, *objective.network.latent_shape)
+    z = torch.zeros(2, *objective.network.latent_shape)
     _, made, grained, _ = objective._decoded(z, generator(0, 0))
     torch.testing.assert_close(made, plain._decoded(z, generator(0, 0))[1])
-    noise = objective.calibration.grain.white(raw.shape, generator(0, 0))
+    random = generator(0, 0)
+    noise = torch.cat([objective.calibration.grain.white(raw[:1].shape, random) for _ in range(2)])
+    objective.ranks = Ranks(1, 2)  # the second of two processes has what is drawn second, of each side
+    random = generator(0, 0)
+    theirs = [objective.calibration.grain.white(torch.Size((2, *raw.shape[1:])), random)[1:] for _ in range(2)]
+    torch.testing.assert_close(objective._noise(objective.calibration.grain, raw.shape, generator(0, 0)), torch.cat(theirs))
+    objective.ranks = ALONE
     torch.testing.assert_close(grained, made + 0.02 * noise)
     (found,), (exact,) = (torch.autograd.grad(y.sum(), raw) for y in (grained, plain._decoded(z, generator(0, 0))[1]))
     torch.testing.assert_close(found, exact)

@@ -36,10 +36,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ctvae.blur import blurred, blurred_within
 from ctvae.checkpoint import load, save
 from ctvae.device import generator
 from ctvae.errors import ModelError
-from ctvae.grain import Covariance, Grain, blurred, missing, strengths
+from ctvae.grain import Covariance, Grain, missing, strengths
 from ctvae.models.tone import KNOTS, about, counts, matched
 
 FILE = "calibration.safetensors"
@@ -226,7 +227,6 @@ def _with(calibration: Calibration, name: str, value: float) -> Calibration:
 def _strong_enough(shown: Shown, made: Calibration, name: str, of: Detail) -> float:
     """The gain of that name with which a kind of detail has the power that it has in scans."""
     fine = _power(((e.real, body(e.real)) for e, _ in shown), of, made.soft)
-
     grain = [made.with_grain(x, e.places, _white(x)) - x for e, x in shown]
 
     def weak(gain: float) -> bool:
@@ -331,36 +331,30 @@ def smoothed(x: Tensor, sigma: float, soft: Window) -> Tensor:
     """x [1 1 D H W] under a Gaussian of `sigma` voxels. Values brighter than soft tissue count as its upper end: bone under the
     skin stays where it is."""
     dark = x.clamp(max=soft[1])
-    return x + _blurred(dark, sigma) - dark
+    return x + blurred(dark, sigma, BLUR) - dark
 
 
 def smoothed_within(x: Tensor, where: Tensor, sigma: float) -> Tensor:
     """x [1 1 D H W] under a Gaussian of `sigma` voxels that sees nothing but what lies in a place; means nothing outside."""
-    weight = where.to(x.dtype)
-    return _blurred(x * weight, sigma) / _blurred(weight, sigma).clamp_min(1e-6) if sigma > 0 else x
+    return blurred_within(x, where, sigma, BLUR)
 
 
 def detail(x: Tensor, soft: Window) -> Tensor:
     """What a Gaussian takes away of x [B 1 D H W] in the soft tissue window."""
     window = x.clamp(*soft)
-    return window - _blurred(window, FINE_SIGMA)
+    return window - blurred(window, FINE_SIGMA, BLUR)
 
 
 def between_slices(x: Tensor, soft: Window) -> Tensor:
     """What a Gaussian along D takes away of what is brighter than soft tissue in x [B 1 D H W]."""
     bright = x.clamp(soft[1], 1.0)
-    return bright - _blurred(bright, FINE_SIGMA, axes=(0,))
+    return bright - blurred(bright, FINE_SIGMA, BLUR, axes=(0,))
 
 
 def curve(x: Tensor, values: Tensor) -> Tensor:
     """`values` [K] at knots from -1 to 1, between them by straight lines; beyond, those of the ends: like x."""
     (below, share), values = about(x), values.to(x)
     return torch.lerp(values[below], values[below + 1], share)
-
-
-def _blurred(x: Tensor, sigma: float, axes: Sequence[int] = (0, 1, 2)) -> Tensor:
-    """By neighbours within BLUR voxels; at the volume's ends the last voxel goes on. [1 1 D H W]"""
-    return blurred(x, sigma, BLUR, axes, "replicate") if sigma > 0 else x
 
 
 def _curve(places: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ctvae.blur import blurred_within
+
 REACH = 3  # voxels: noise further apart than that has nothing in common
 SIGHT = 2.0  # voxels of a Gaussian: what varies more slowly is anatomy
 SEEN = 6  # voxels that it reaches
@@ -69,7 +71,7 @@ class Covariance:
     def of(cls, x: Tensor, where: Tensor) -> Covariance:
         """Of a volume's values `where` [1 1 D H W], each less the mean of those about it."""
         weight = where.to(x.dtype)
-        around = blurred(x * weight, SIGHT, SEEN) / blurred(weight, SIGHT, SEEN).clamp_min(1e-6)
+        around = blurred_within(x, where, SIGHT, SEEN)
         return cls(*(_products(values[0, 0]) for values in ((x - around) * weight, weight)))
 
     @classmethod
@@ -125,15 +127,3 @@ def _products(x: Tensor) -> Tensor:
     for axis, size in enumerate(sizes):
         sums = sums.index_select(axis, torch.arange(-REACH, REACH + 1, device=x.device) % size)
     return sums
-
-
-def blurred(x: Tensor, sigma: float, reach: int, axes: Sequence[int] = (0, 1, 2), mode: str = "constant") -> Tensor:
-    """Under a Gaussian of `sigma` voxels cut at `reach`, with `mode` of padding: like x [1 1 D H W]."""
-    weight = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=x.dtype, device=x.device) / sigma) ** 2)
-    weight = weight / weight.sum()
-    for axis in axes:
-        size, margin = [1, 1, 1], [0] * 6
-        size[axis] = len(weight)
-        margin[4 - 2 * axis] = margin[5 - 2 * axis] = reach
-        x = F.conv3d(F.pad(x, margin, mode=mode), weight.view(1, 1, *size))
-    return x

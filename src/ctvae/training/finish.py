@@ -1,11 +1,12 @@
 """Stage 3: the decoder learns to make what the prior draws look like scans. Encoder and prior stay as they are.
 
-Until here the decoder has seen latents of real scans alone. A prior's samples are a little off, and what comes of them is softer,
-or has texture that no scan has. Here half of each batch is patches of real scans, reconstructed, and half is patches of latents
-that the flow drew, of which no original exists. The former are held to their originals (`polish.py`'s losses); both are held to
-real patches by a patch discriminator and by the means of simple statistics (`moments.py`). What is coarser than texture is held
-to what the decoder made before the stage, or it would learn to put tissue into air. Where a calibration sees to it, in empty air,
-rims, lungs, cavities and bone, each voxel is, and no other loss has a say: what learns there is soft tissue alone.
+Until here the decoder has seen latents of real scans alone. A prior's samples are a little off, and what comes of them is
+softer, or has texture that no scan has. Here half of each batch is patches of real scans, reconstructed, and half is patches of
+latents that the flow drew, of which no original exists. The former are held to their originals (`polish.py`'s losses). Both are
+held to real patches by a patch discriminator and by the means of simple statistics (`moments.py`), with the noise that is drawn
+for what is generated (`grain.py`), or the decoder would be asked for it as well. What is coarser than texture is held to what
+the decoder made before the stage, or it would learn to put tissue into air. Where a calibration sees to it, in empty air, rims,
+lungs, cavities and bone, each voxel is, and no other loss has a say: what learns there is soft tissue alone.
 
 Where the game gets out of hand, as with a decoder that is too young for it, reconstructions fall apart within a few dozen steps.
 So the stage ends, and leaves the decoder as it was, once those of held-out groups have lost MOST_LOST_DB.
@@ -33,6 +34,7 @@ from ctvae.calibration import Calibration, Places
 from ctvae.checkpoint import EMA
 from ctvae.config import Config
 from ctvae.device import generator, make_fabric, place
+from ctvae.grain import Grain
 from ctvae.model import Model
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.discriminator import PatchDiscriminator
@@ -138,14 +140,17 @@ class FinishObjective(nn.Module):
             held = self.calibration.sees_to(fixed, places)
             added = self.calibration.applied(raw.detach(), fixed, places) - fixed
             decoded = torch.where(held, fixed, toned) + added
-            grain = self.calibration.grain
-            grained = decoded if grain is None else self._grained(decoded, places, grain.white(decoded.shape, random))
-            return raw, decoded, grained, held
+            if self.calibration.grain is None:
+                return raw, decoded, decoded, held
+            noise = self._noise(self.calibration.grain, decoded.shape, random).to(decoded)
+            grain = self.calibration.with_grain(decoded.detach(), places, noise) - decoded.detach()
+            return raw, decoded, decoded + grain, held
 
-    def _grained(self, decoded: Tensor, places: Places, noise: Tensor) -> Tensor:
-        """Statistics and adversary see what is generated in the end: the decoder is to make no noise that is drawn anyway."""
-        assert self.calibration is not None
-        return decoded + (self.calibration.with_grain(decoded.detach(), places, noise.to(decoded)) - decoded.detach())
+    def _noise(self, grain: Grain, shape: torch.Size, random: torch.Generator) -> Tensor:
+        """For reconstructed and for drawn patches [2B 1 D H W]: what is drawn is for all processes, as one would."""
+        rows = shape[0] // 2 * self.ranks.world
+        sides = [grain.white(torch.Size((rows, *shape[1:])), random)[self.ranks.rows(rows)] for _ in range(2)]
+        return torch.cat(sides)
 
 
 def coarse_difference(a: Tensor, b: Tensor) -> Tensor:
