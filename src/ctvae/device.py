@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import Strategy
 
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # of x86
+
 
 def make_fabric(precision: Literal["bf16", "fp32"] = "bf16", ranks: Ranks = ALONE, sharded: bool = False) -> Fabric:
     """A device for each process: CUDA or Apple's if there is one, else the CPU. Of several, gradients are averaged.
@@ -64,10 +66,23 @@ def _shard_network(objective: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def computes_bf16() -> bool:
-    """Whether there is arithmetic for bf16 here. Without it that of float32 stands in, and takes many times as long."""
+    """Whether there is arithmetic for bf16 here. Without it that of float32 stands in, and takes two to many times as long."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not torch.backends.mkldnn.is_available():
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _has_bf16_instructions()
+
+
+def _has_bf16_instructions() -> bool:
+    """oneDNN takes bf16 wherever there is AVX-512, and computes in float32 on most of these processors (docs/log.md)."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version of PyTorch
+    return known.get("architecture") not in ("x86", "x86_64") or any(known.get(name) for name in BF16_INSTRUCTIONS)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Around the calls of a trained network: bf16 where its settings say so and this device computes in it, else float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and computes_bf16())
 
 
 def free_bytes() -> int:

@@ -24,7 +24,7 @@ from ctvae.calibration import HALO, Calibration, level_of, thinned
 from ctvae.checkpoint import built, file_hash, load
 from ctvae.conditions import Known
 from ctvae.config import Config, load_config, nearest
-from ctvae.device import free_bytes, generator, place
+from ctvae.device import autocast, computes_bf16, free_bytes, generator, place
 from ctvae.errors import InputError, ModelError
 from ctvae.latents import LatentCode
 from ctvae.models import build
@@ -182,7 +182,7 @@ class Model:
         return tiled(apply, torch.cat(volumes, dim=1), factor_in=one, factor_out=one, tile=CALIBRATED_TILE, halo=reach)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.autoencoder.precision == "bf16")
+        return autocast(self.cfg.autoencoder.precision, self.device)
 
     def _refined(self, z: Tensor, x: Tensor, steps: int) -> Tensor:
         """By tiles, each with its halo: what of it belongs to others is refined with it and not kept."""
@@ -216,7 +216,7 @@ class Model:
 
         `held`: how many times as much is held as one pass through encoder or decoder takes.
         """
-        number = 2 if self.cfg.autoencoder.precision == "bf16" else 4
+        number = 2 if self.cfg.autoencoder.precision == "bf16" and computes_bf16() else 4
         sizes = [self.cfg.data.tile, *smaller(self.cfg.data.tile, network.grid, SMALLEST_TILE)]
         most = free_bytes() * OF_FREE_MEMORY
         chosen = next((size_ for size_ in sizes if held * tile_bytes(network, size, size_, number) <= most), sizes[-1])

@@ -108,9 +108,9 @@ class Velocity(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return WienerVelocity(self.mean, self.factors, self.rest)(x.float(), t)
 
-    def coarse(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:  # [B C ...], [B], [B K]
-        """Without the detail."""
-        return corrected(self.linear(x, t), self.correction, x, t, c)
+    def coarse(self, x: Tensor, t: Tensor, c: Tensor, linear: Tensor | None = None) -> Tensor:  # [B C ...], [B], [B K]
+        """Without the detail. `linear`: the filter's velocity, where it is known."""
+        return corrected(self.linear(x, t) if linear is None else linear, self.correction, x, t, c)
 
     def detailed(self, coarse: Tensor, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """With the detail that goes with it."""

@@ -17,7 +17,7 @@ from ctvae import losses, pictures
 from ctvae.calibration import FILE as CALIBRATION
 from ctvae.checkpoint import EMA, load, save
 from ctvae.config import AutoencoderTraining, Config
-from ctvae.device import generator, make_fabric, place
+from ctvae.device import autocast, generator, make_fabric, place
 from ctvae.models import build
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.models.recompute import summed_by_slabs
@@ -211,7 +211,7 @@ def validate(network: Autoencoder, groups: TrainingGroups, run: Run, cfg: Config
     device = next(network.parameters()).device
     for index in range(min(VALIDATION_GROUPS, len(groups))):
         x = groups.plain(index)[None]
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.autoencoder.precision == "bf16"):
+        with autocast(cfg.autoencoder.precision, device):
             y = network.decode(network.encode(x.to(device))[0]).float().cpu().clamp(-1, 1)
         psnrs.append(10 * math.log10(4.0 / max(1e-12, (y - x).square().mean().item())))
         gaps.append(losses.detail_gap_db(x, y))

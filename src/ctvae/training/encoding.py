@@ -11,7 +11,7 @@ import torch
 
 from ctvae.conditions import OF_GROUP, Change, of_group, scan_mm
 from ctvae.config import Prior
-from ctvae.device import generator
+from ctvae.device import autocast, generator
 from ctvae.latents import Writer
 from ctvae.models.autoencoder import Autoencoder
 from ctvae.progress import Progress
@@ -44,7 +44,7 @@ def encode_groups(
             if number:
                 random = generator(seed, place, stream=5)
                 x, change = groups.turned(index, random, cfg.max_rotation_degrees, cfg.max_zoom, cfg.mirror)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with autocast(precision, device):
                 mean, logvar = network.encode(x[None].to(device))
             told = torch.tensor([of_group(groups.groups[index], change)], device=device)
             rows = [ranks.gathered(part).cpu() for part in (mean.half(), logvar.half(), told)]  # [world ...] each

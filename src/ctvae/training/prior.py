@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ctvae import flow, priors
 from ctvae.checkpoint import EMA, Best, save
 from ctvae.config import Config, Prior
-from ctvae.device import generator, make_fabric, place
+from ctvae.device import autocast, generator, make_fabric, place
 from ctvae.latents import LatentCode, LatentSet
 from ctvae.models.velocity import Detail, UNet, VectorNet, Velocity
 from ctvae.progress import Progress
@@ -321,7 +321,7 @@ def held_out_loss(network: nn.Module, ema: EMA, data: Data, cfg: Prior, ranks: R
         return math.nan
     device = next(network.parameters()).device
     total = 0.0
-    with ema.applied_to(network), torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+    with ema.applied_to(network), autocast(cfg.precision, device):
         for step in range(HELD_OUT_BATCHES):
             batch = to_device(data.batches(data.held_out, step), device)
             total += ranks.mean(FlowObjective(network, cfg, ranks)(batch, generator(1, step)).mean()).item()

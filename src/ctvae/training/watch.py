@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ctvae import flow
-from ctvae.device import generator
+from ctvae.device import autocast, generator
 from ctvae.evaluation.distances import kernel_distance
 from ctvae.latents import LatentCode, LatentSet, most_fitted
 from ctvae.wiener import WienerVelocity
@@ -71,7 +71,7 @@ class Watch:
     def look(self, network: nn.Module, precision: str, batch: int = 8) -> Seen:
         device = next(network.parameters()).device
         drawn = []
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(precision, device):
             for noise, told in zip(self.noise.split(batch), self.told.to(device).split(batch), strict=True):
                 drawn.append(flow.sample(partial(network, c=told), noise.to(device), TIMES).float().cpu())
         return self._judged(torch.cat(drawn).flatten(1))
