@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -50,6 +50,15 @@ def write_nifti() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def bf16_machine() -> Iterator[None]:
+    """Plans are made as for a machine that computes in bf16, whichever this is."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("planner", "planning.remedies"):
+            patch.setattr(f"ctvae.{module}.computes_bf16", lambda: True)
+        yield
 
 
 @pytest.fixture

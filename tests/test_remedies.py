@@ -12,6 +12,7 @@ from ctvae.planning import dry, remedies
 from ctvae.planning.remedies import Option, next_smaller, options
 from ctvae.planning.workspace import Kernels
 
+pytestmark = pytest.mark.usefixtures("bf16_machine")
 SIZE = (64, 128, 128)
 
 

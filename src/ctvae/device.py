@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.parallel import DistributedDataParallel
 
 from ctvae.ranks import ALONE, Ranks
 from ctvae.sharding import shard
@@ -21,6 +19,7 @@ from ctvae.sharding import shard
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import Strategy
+    from torch.distributed.device_mesh import DeviceMesh
 
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # of x86
 
@@ -50,6 +49,7 @@ def make_fabric(precision: Literal["bf16", "fp32"] = "bf16", ranks: Ranks = ALON
 
 def _whole_networks() -> Strategy:
     from lightning_fabric.strategies import DDPStrategy
+    from torch.nn.parallel import DistributedDataParallel
 
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1x1 kernels: the order is the same
     known = signature(DistributedDataParallel).parameters
@@ -76,7 +76,7 @@ def computes_bf16() -> bool:
 
 def _has_bf16_instructions() -> bool:
     """oneDNN takes bf16 wherever there is AVX-512, and computes in float32 on most of these processors (docs/log.md)."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version of PyTorch
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version of PyTorch
     return known.get("architecture") not in ("x86", "x86_64") or any(known.get(name) for name in BF16_INSTRUCTIONS)
 
 

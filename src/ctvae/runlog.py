@@ -39,6 +39,17 @@ MEMORY_SETTINGS = {  # a plan for less or more memory changes these; the network
 }
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Raises InputError where a run cannot begin or go on in `folder`."""
+    if (folder / "config.yaml").exists() or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is a file; --out names a folder")
+    left = {"run.json", files.LOCK}  # run.json: stopped before there were settings
+    if any(path.name not in left and not files.is_partial(path) for path in folder.iterdir()):
+        raise InputError(f"{folder}: is neither empty nor a ctvae run; choose another folder for --out")
+
+
 class Run:
     """A run folder. Opening one that exists checks that it belongs to the same settings and data."""
 
@@ -61,11 +72,7 @@ class Run:
             if list(planned) != run.state.get("planned", []):
                 run.replan(cfg, planned)
             return run
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder}: is a file; --out names a folder")
-        left = {"run.json", files.LOCK}  # run.json: stopped right below
-        if folder.exists() and any(path.name not in left and not files.is_partial(path) for path in folder.iterdir()):
-            raise InputError(f"{folder}: is neither empty nor a ctvae run; choose another folder for --out")
+        refuse_foreign(folder)
         state = {"ctvae": __version__, "dataset": dataset_fingerprint, "stages": {}, "planned": list(planned)}
         files.write_json(run.folder / "run.json", state)
         files.write_text(run.config_path, dump_config(cfg))

@@ -9,20 +9,23 @@ Tensors that are not cut up go through all of these as they are.
 
 from __future__ import annotations
 
-from typing import TypeVar
+import sys
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate
 
 from ctvae.ranks import is_first
+
+if TYPE_CHECKING:  # takes a second, and one process alone needs none of it
+    from torch.distributed.device_mesh import DeviceMesh
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def shard(network: Network, mesh: DeviceMesh) -> Network:
     """Cut up in place, over the processes of `mesh`; each module in a list of modules is a part, gathered by itself."""
+    from torch.distributed.fsdp import fully_shard
+
     listed = {id(part) for module in network.modules() if isinstance(module, nn.ModuleList) for part in module}
     for module in reversed(list(network.modules())):  # inner parts before those that contain them
         if id(module) in listed:
@@ -33,15 +36,25 @@ def shard(network: Network, mesh: DeviceMesh) -> Network:
 
 def whole(tensor: Tensor) -> Tensor:
     """All rows of it, gathered from the processes."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    held: Any = tensor
+    return held.full_tensor() if _is_part(tensor) else tensor  # type: ignore[no-any-return]
 
 
 def own_part(tensor: Tensor, like: Tensor | None) -> Tensor:
     """What this process holds of `tensor` where it is cut up as `like` is."""
-    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+    if not _is_part(like) or _is_part(tensor):
         return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(like, DTensor)
     held = DTensor.from_local(tensor.to(like.device), like.device_mesh, [Replicate()], run_check=False)
     return held.redistribute(placements=like.placements)
+
+
+def _is_part(tensor: Tensor | None) -> bool:
+    """Whether a tensor is cut up: none is where nothing has loaded what cuts."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
 
 
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

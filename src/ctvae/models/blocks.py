@@ -18,8 +18,8 @@ MOST_PASSED_OVER = 20480  # numbers, of which W is left out
 class Conv(nn.Conv3d):
     """A convolution that steers clear of what PyTorch does on a CPU with few voxels.
 
-    In bf16, on a grid two slices deep, oneDNN's gradient of a 3x3x3 kernel is wrong, up to infinite (torch 2.13, docs/log.md): there
-    it is in float32. And in float32 one small volume alone is not given to oneDNN, which takes a sixth of the time.
+    In bf16, on a grid two slices deep, oneDNN's gradient of a 3x3x3 kernel is wrong, up to infinite (torch 2.13, docs/log.md), so
+    there it is in float32. In float32 one small volume alone is not given to oneDNN, which takes a sixth of the time.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # [B C D H W]
@@ -29,6 +29,7 @@ class Conv(nn.Conv3d):
             with torch.autocast("cpu", enabled=False):
                 return self.forward(x.float())
         if _passed_over(x):
+            assert not isinstance(self.padding, str)  # same, valid
             return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
         return super().forward(x)
 
@@ -40,7 +41,7 @@ def _passed_over(x: Tensor) -> bool:
     """
     plain = type(x) is Tensor and x.dtype == torch.float32 and not (torch.is_autocast_enabled("cpu") or torch.is_grad_enabled())
     small = len(x) == 1 and math.prod(x.shape[1:4]) <= MOST_PASSED_OVER
-    return plain and small and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return plain and small and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 class ChannelNorm(nn.Module):

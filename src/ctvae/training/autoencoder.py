@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ctvae import losses, pictures
+from ctvae import losses
 from ctvae.calibration import FILE as CALIBRATION
 from ctvae.checkpoint import EMA, load, save
 from ctvae.config import AutoencoderTraining, Config
@@ -218,6 +218,8 @@ def validate(network: Autoencoder, groups: TrainingGroups, run: Run, cfg: Config
         rows += [("held out", groups.as_volume(index, x[0, 0])), ("reconstructed", groups.as_volume(index, y[0, 0]))]
     if not rows:
         return HeldOut()
+    from ctvae import pictures  # Matplotlib, which plans need not load
+
     pictures.preview(rows, run.folder / "previews" / f"{name}.png", cfg.data.window_hu)
     return HeldOut(sum(psnrs) / len(psnrs), sum(gaps) / len(gaps))
 

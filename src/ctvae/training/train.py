@@ -23,7 +23,7 @@ from ctvae.latents import LatentSet, is_complete
 from ctvae.model import model_folder
 from ctvae.models import build
 from ctvae.ranks import Ranks, joined
-from ctvae.runlog import Run
+from ctvae.runlog import Run, refuse_foreign
 from ctvae.training.autoencoder import train_autoencoder
 from ctvae.training.calibration import calibrate
 from ctvae.training.encoding import encode_groups
@@ -83,6 +83,7 @@ def train(
     with joined() as ranks, ExitStack() as held:
         ranks.told(lambda: held.enter_context(occupied(folder, "ctvae train")))
         data = Dataset.open(Path(dataset))
+        ranks.told(lambda: refuse_foreign(folder))  # before a plan is made for it
         source = model_folder(start) if start is not None else None
         asked = Asked(tuple(overrides), method, Path(plan) if plan is not None else None, memory_gb, ranks.world, source)
         settled = _as_the_first(ranks, lambda: _settled(data, folder, asked, stage, minutes, hours))
