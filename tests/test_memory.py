@@ -326,6 +326,19 @@ def test_training_without_bf16_is_in_float32(tiny_dataset, tiny_settings, tmp_pa
     assert settings.settle(Dataset.open(tiny_dataset), tmp_path / "run", asked).planned == ()
 
 
+def test_a_plan_in_bf16_is_followed_and_said_to_be_slow(tiny_dataset, tiny_settings, tmp_path, monkeypatch):
+    file = tmp_path / "plan.yaml"
+    file.write_text("method: wavelet3d\nautoencoder.precision: bf16\nprior.precision: bf16\n")
+    free = tuple(text for text in tiny_settings if "precision" not in text)
+    quicker = " --set ".join(["with", *(f"{stage}.precision=fp32" for stage in ("autoencoder", "polish", "prior"))])
+    for computes, hint in ((False, quicker), (True, "")):
+        monkeypatch.setattr(planner, "computes_bf16", lambda computes=computes: computes)
+        found = settings.settle(Dataset.open(tiny_dataset), tmp_path / "run", settings.Asked(free, plan=file))
+        assert (found.cfg.autoencoder.precision, found.cfg.prior.precision) == ("bf16", "bf16")
+        assert found.note.startswith(f"settings from {file}")
+        assert found.note.endswith(hint or str(file))
+
+
 def test_a_run_may_be_planned_anew_but_stays_the_same_network(tiny_dataset, tiny_settings, tmp_path):
     run = train(tiny_dataset, tmp_path / "run", stage="autoencoder", overrides=tiny_settings)
     file = tmp_path / "plan.yaml"

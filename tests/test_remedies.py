@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from ctvae import planner
+from ctvae import __main__, planner
 from ctvae.config import load_recipe
 from ctvae.errors import DoesNotFit
 from ctvae.planning import dry, remedies
@@ -78,6 +80,17 @@ def test_a_machine_without_bf16_is_planned_for_in_float32(monkeypatch):
     assert found.train_phases_gb["step"] > half.train_phases_gb["step"]
     assert "bf16" not in [option.label for option in options(cfg)]
     assert planner.precision_overrides(load_recipe("stack2d-small")) == ("prior.precision=fp32",)
+
+
+def test_a_plan_for_another_machine_is_in_the_precision_of_the_recipe(monkeypatch, capsys):
+    """`--memory` alone is for elsewhere; hours are measured on this machine, which computes in float32."""
+    for module in (planner, remedies):
+        monkeypatch.setattr(module, "computes_bf16", lambda: False)
+    command = ["plan", "--method", "slice2d", "--size", "16x32x32", "--json"]
+    for more, expected in ((["--memory", "4GB"], "bf16"), ([], "fp32"), (["--memory", "4GB", "--hours", "0.01"], "fp32")):
+        assert __main__.run([*command, *more]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["plan"]["precision"], "fp32" in told["note"]) == (expected, expected == "fp32")
 
 
 def test_a_network_that_is_downloaded_is_told_to_be_left_out():

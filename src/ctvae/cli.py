@@ -157,7 +157,9 @@ def plan(
     available_gb = parse_memory(memory) if memory else planner.machine_memory_gb()
     source = planner.Source.asked(dataset, size)
     try:
-        found = planner.weigh(method, source, available_gb, options.overrides(settings, window))
+        found = planner.weigh(
+            method, source, available_gb, options.overrides(settings, window), elsewhere=bool(memory) and not hours
+        )
     except DoesNotFit as refusal:
         if as_json:
             typer.echo(json.dumps(report.refusal_json(method, source.size, available_gb, str(refusal))))

@@ -94,9 +94,14 @@ def plan(
     return found
 
 
-def weigh(method: str, source: Source, memory_gb: float | None = None, overrides: Sequence[str] = ()) -> Plan:
-    """As `plan`, but where nothing fits the plan of what was asked, with `fits` false and the refusal as its note."""
-    return _Search(method, source, memory_gb or machine_memory_gb(), tuple(overrides)).best()
+def weigh(
+    method: str, source: Source, memory_gb: float | None = None, overrides: Sequence[str] = (), *, elsewhere: bool = False
+) -> Plan:
+    """As `plan`, but where nothing fits the plan of what was asked, with `fits` false and the refusal as its note.
+
+    `elsewhere`: for another machine, which is taken to compute in bf16 if the recipe says so, whatever this one does.
+    """
+    return _Search(method, source, memory_gb or machine_memory_gb(), tuple(overrides), elsewhere).best()
 
 
 def with_hours(found: Plan, hours: float) -> Plan:
@@ -160,6 +165,7 @@ class _Search:
     source: Source
     memory_gb: float
     asked: tuple[str, ...]
+    elsewhere: bool
 
     def best(self) -> Plan:
         base = self._base()
@@ -193,7 +199,8 @@ class _Search:
             settings = (*settings, strides)
             cfg = load_recipe(self.method, settings)
         shape = intensity.multiple_above(cfg.data.shape or self.source.size, cfg.model.grid)
-        return (*settings, *precision_overrides(cfg, self._pinned), f"data.shape={list(shape)}", *patches_on_grid(cfg))
+        precision = () if self.elsewhere else precision_overrides(cfg, self._pinned)
+        return (*settings, *precision, f"data.shape={list(shape)}", *patches_on_grid(cfg))
 
     @property
     def _pinned(self) -> set[str]:

@@ -71,7 +71,10 @@ def settle(dataset: Dataset, folder: Path, asked: Asked) -> Settled:
     planned = _recorded(folder) if begun else _of_the_start(method, asked)
     if asked.plan is not None:
         planned = _merged(planned, planfile.plan_overrides(asked.plan))
-        return _settled(dataset, method, planned, asked, f"settings from {asked.plan}")
+        slow = [] if begun else planner.precision_overrides(load_recipe(method, _merged(planned, asked.overrides)), asked.pinned)
+        quicker = "".join(f" --set {text}" for text in slow)
+        hint = f"; bf16, which this machine does not compute in: quicker, in more memory, with{quicker}" if slow else ""
+        return _settled(dataset, method, planned, asked, f"settings from {asked.plan}{hint}")
     if begun and asked.memory_gb is None:
         return _settled(dataset, method, planned, asked, "")
     strides = [] if asked.start else _strides(dataset, method, asked)
