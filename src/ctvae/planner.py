@@ -165,7 +165,7 @@ class _Search:
     source: Source
     memory_gb: float
     asked: tuple[str, ...]
-    elsewhere: bool
+    elsewhere: bool = False
 
     def best(self) -> Plan:
         base = self._base()
