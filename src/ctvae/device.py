@@ -80,9 +80,14 @@ def _has_bf16_instructions() -> bool:
     return known.get("architecture") not in ("x86", "x86_64") or any(known.get(name) for name in BF16_INSTRUCTIONS)
 
 
+def in_bf16(precision: str) -> bool:
+    """Whether a trained network is used in bf16: where its settings say so and this device computes in it, else in float32."""
+    return precision == "bf16" and computes_bf16()
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Around the calls of a trained network: bf16 where its settings say so and this device computes in it, else float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and computes_bf16())
+    """Around the calls of a trained network (`in_bf16`)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(precision))
 
 
 def free_bytes() -> int:

@@ -24,7 +24,7 @@ from ctvae.calibration import HALO, Calibration, level_of, thinned
 from ctvae.checkpoint import built, file_hash, load
 from ctvae.conditions import Known
 from ctvae.config import Config, load_config, nearest
-from ctvae.device import autocast, computes_bf16, free_bytes, generator, place
+from ctvae.device import autocast, free_bytes, generator, in_bf16, place
 from ctvae.errors import InputError, ModelError
 from ctvae.latents import LatentCode
 from ctvae.models import build
@@ -216,7 +216,7 @@ class Model:
 
         `held`: how many times as much is held as one pass through encoder or decoder takes.
         """
-        number = 2 if self.cfg.autoencoder.precision == "bf16" and computes_bf16() else 4
+        number = 2 if in_bf16(self.cfg.autoencoder.precision) else 4
         sizes = [self.cfg.data.tile, *smaller(self.cfg.data.tile, network.grid, SMALLEST_TILE)]
         most = free_bytes() * OF_FREE_MEMORY
         chosen = next((size_ for size_ in sizes if held * tile_bytes(network, size, size_, number) <= most), sizes[-1])
