@@ -17,7 +17,10 @@ from ctvae.calibration import (
     Calibration,
     Example,
     Places,
+    _balanced,
     _grained,
+    _settled,
+    band,
     between_slices,
     body,
     curve,
@@ -133,6 +136,17 @@ def test_a_lung_is_wide_and_an_airway_is_not():
         assert not other.any()
 
 
+def test_what_is_next_to_a_cavity_is_hollow():
+    x = torch.full((1, 1, *SHAPE), 0.05)
+    x[0, 0, 7:10, 10:13, 12:15] = -0.85
+    cavity, hollow = (getattr(Places.of(x, SOFT), name)[0, 0].numpy() for name in ("cavity", "hollow"))
+    np.testing.assert_array_equal(hollow, ndimage.binary_dilation(cavity, np.ones((3, 3, 3))))
+    x = chest(-0.8, -0.9)
+    places = Places.of(x, SOFT)
+    assert not (places.hollow & (places.lung | places.rim | places.empty)).any()
+    assert (places.hollow & ~places.cavity).any()
+
+
 def stippled(seed: int) -> Example:
     """A ball, and a decoder that knows its outline to half a voxel, under a curve that makes steps of it."""
     real = ball()
@@ -220,6 +234,70 @@ def test_bone_that_is_blurred_from_slice_to_slice_gets_its_power_back():
     np.testing.assert_allclose(between_slices(real, SOFT), wanted, atol=1e-5)
 
 
+def test_a_band_is_what_lies_between_two_of_scipys_gaussians():
+    x = 0.3 * noise(2)
+    window = x.clamp(*SOFT)[0, 0].double().numpy()
+    for axes in ((0, 1, 2), (1, 2), (0,)):
+        near, far = window, window
+        for axis in axes:
+            near = ndimage.gaussian_filter1d(near, 0.8, axis, radius=3, mode="nearest")
+            far = ndimage.gaussian_filter1d(far, 1.8, axis, radius=5, mode="nearest")
+        np.testing.assert_allclose(band(x, SOFT, axes)[0, 0], near - far, atol=1e-6)
+
+
+def test_bands_get_the_power_that_they_have_in_scans():
+    """A decoder that makes what lies between both Gaussians too strong in plane and too weak along D."""
+    smooth = torch.from_numpy(ndimage.gaussian_filter(noise(9)[0, 0].numpy(), 1.0, mode="wrap"))[None, None]
+    real = 0.05 + 0.03 * smooth / smooth.std()
+    decoded = real + 0.15 * band(real, SOFT, (1, 2)) - 0.1 * band(real, SOFT, (0,))
+    calibration = _balanced([(Example(decoded, decoded, real, SOFT), decoded)], Calibration.nothing(SOFT))
+    assert calibration.plane_gain < -0.05
+    assert calibration.depth_gain > 0.03
+    made = calibration(decoded, decoded)
+    for axes in ((1, 2), (0,)):
+        before, now, wanted = (band(x, SOFT, axes).square().mean().sqrt().item() for x in (decoded, made, real))
+        assert abs(now / wanted - 1) < 0.1 * abs(before / wanted - 1)
+    assert (made - real).abs().mean() < 0.3 * (decoded - real).abs().mean()
+    right = _balanced([(Example(real, real, real, SOFT), real)], Calibration.nothing(SOFT))
+    assert abs(right.plane_gain) + abs(right.depth_gain) < 1e-6
+
+
+def test_values_of_each_place_are_those_of_scans_after_all_that_follows_the_first_curves():
+    """Detail that grows stretches the values of outlines, and of lungs beside tissue; at the end they are as they were."""
+    examples = []
+    for seed in range(4):
+        outline = torch.where(noise(seed) > 0, ball(), ball(9.0))
+        real = outline + 0.1 * noise(seed + 10) * (outline > -0.9)
+        real[0, 0, 8:16, 10:22, 12:26] = -0.5 + 0.2 * noise(seed + 20, (8, 12, 14))[0, 0]
+        examples.append(Example(real, real, real, SOFT))
+    shown = [(e, e.real) for e in examples]
+    plain = replace(Calibration.nothing(SOFT), gain=0.9)
+
+    def off(of: Calibration, place: str) -> float:
+        """Mean difference of quantiles, those of air left out."""
+        where = [getattr(e.places, place) for e in examples]
+        made = torch.cat([of.applied(e.raw, e.toned, e.places)[w] for e, w in zip(examples, where, strict=True)])
+        wanted = torch.cat([e.real[w] for e, w in zip(examples, where, strict=True)])
+        shares = np.linspace((wanted < -0.95).float().mean().item() + 0.02, 0.98, 49)
+        return float(np.abs(np.quantile(made.numpy(), shares) - np.quantile(wanted.numpy(), shares)).mean())
+
+    settled = _settled(shown, plain)
+    for place in ("rim", "lung", "hollow"):
+        assert off(plain, place) > 0.003
+        assert off(settled, place) < min(0.002, 0.5 * off(plain, place))  # knots are 0.01 apart
+    soft = ~(examples[0].places.rim | examples[0].places.lung | examples[0].places.hollow)
+    made, before = (of.applied(examples[0].raw, examples[0].toned, examples[0].places) for of in (settled, plain))
+    assert torch.equal(made[soft], before[soft])
+
+
+def test_places_that_no_scan_has_have_no_curve():
+    x = 0.05 + 0.02 * noise(1)
+    calibration = _settled([(Example(x, x, x, SOFT), x)], Calibration.nothing(SOFT))
+    assert calibration.after is not None
+    for values in calibration.after:
+        torch.testing.assert_close(values, torch.linspace(-1, 1, KNOTS))
+
+
 def flat(level: float, seed: int) -> Tensor:
     """Soft tissue about a level, fat 0.12 below it, air and bone, a quarter of W each."""
     x = torch.cat([torch.full((1, 1, 24, 32, 10), value) for value in (-1.0, level - 0.12, level, 0.7)], dim=4)
@@ -232,7 +310,7 @@ def test_soft_tissue_gets_the_level_of_its_own_scan_back():
     examples = [Example(*2 * (flat(0.04 + 0.5 * (level - 0.04), 1),), flat(level, 2), SOFT) for level in levels]
     values = examples[0].real.numpy()
     assert examples[0].real_level == pytest.approx(np.median(values[(values > -0.035) & (values < 0.115)]), abs=1e-6)
-    calibration = replace(fit(examples, SOFT), gain=0.0, slice_gain=0.0)
+    calibration = replace(fit(examples, SOFT), gain=0.0, slice_gain=0.0, plane_gain=0.0, depth_gain=0.0)
     assert calibration.level == pytest.approx(0.04, abs=0.002)
     assert calibration.level_gain == pytest.approx(1.0, abs=0.05)
     decoded = flat(0.06, 3)
@@ -265,13 +343,16 @@ def test_a_file_gives_the_same(tmp_path):
 
 def test_a_file_of_before_smooths_no_lungs_and_moves_no_levels(tmp_path):
     newer = {"lung_sigma": LUNG_SIGMA, "slice_gain": 0.5, "level": -0.04, "level_gain": 1.0}
+    newer |= {"plane_gain": -0.1, "depth_gain": 0.1}
     replace(fit([stippled(0)], SOFT), **newer).save(tmp_path / FILE)
     known = Calibration.load(tmp_path / FILE)
     assert {name: getattr(known, name) for name in newer} == newer
     tensors, told = load(tmp_path / FILE)
-    save(tmp_path / FILE, tensors, {name: value for name, value in told.items() if name not in newer})
+    of_before = {name: tensor for name, tensor in tensors.items() if name != "after"}
+    save(tmp_path / FILE, of_before, {name: value for name, value in told.items() if name not in newer})
     before = Calibration.load(tmp_path / FILE)
-    assert [getattr(before, name) for name in newer] == [0, 0, 0, 0]
+    assert [getattr(before, name) for name in newer] == [0, 0, 0, 0, 0, 0]
+    assert before.after is None
 
 
 @pytest.mark.parametrize(
@@ -281,7 +362,8 @@ def test_a_file_of_before_smooths_no_lungs_and_moves_no_levels(tmp_path):
         ({}, {"gain": "much"}), ({}, {"soft": [0.2, -0.1]}), ({}, {"soft": None}),
         ({"grain.soft": torch.zeros(7, 7, 7)}, {}),
         ({f"grain.{name}": torch.zeros(3) for name in ("soft", "lung", "strengths")}, {}),
-        ({}, {"lung_sigma": "wide"}), ({}, {"level": -1.5}), ({}, {"level_gain": -0.5}),
+        ({}, {"lung_sigma": "wide"}), ({}, {"level": -1.5}), ({}, {"level_gain": -0.5}), ({}, {"plane_gain": -1.5}),
+        ({"after": torch.zeros(2, KNOTS)}, {}), ({"after": torch.full((3, KNOTS), torch.inf)}, {}),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line(tmp_path, curves, meta):
@@ -298,7 +380,7 @@ def test_grain_is_the_noise_that_is_missing():
     decoded = 0.05 + 0.006 * smooth / smooth.std()
     known = (0.5, 1.0, 1.5, 0.8)
     examples = [Example(decoded, decoded, decoded + 0.008 * s * noise(10 + n), SOFT) for n, s in enumerate(known)]
-    calibration = replace(fit(examples, SOFT), gain=0.0)
+    calibration = replace(fit(examples, SOFT), gain=0.0, plane_gain=0.0, depth_gain=0.0)
     wanted = 0.008 * np.sqrt(np.mean(np.square(known)))
     assert calibration.grain is not None
     made = calibration(decoded, decoded, None, noise(50))
@@ -345,6 +427,8 @@ def test_what_lies_beyond_the_halo_does_not_matter(seed):
     assert all(place.any() for place in (where.empty, where.rim, where.lung, where.cavity))
     knots = torch.linspace(-1, 1, KNOTS)
     calibration = Calibration(knots - 0.1, 0.8 * knots, 0.5 * knots, 0.6, 0.5, SOFT, lung_sigma=0.8, slice_gain=0.7)
+    after = torch.stack((0.9 * knots, knots + 0.1, 0.7 * knots))
+    calibration = replace(calibration, plane_gain=-0.2, depth_gain=0.3, after=after)
     one = (1, 1, 1)
     taps = noise(seed + 20, (2, 7, 7))[0, 0].repeat(1, 4, 1)[:, :7] * 0.01
     calibration = replace(calibration, grain=Grain(*taps[:, None].expand(2, 7, 7, 7).unbind(), torch.ones(2)))

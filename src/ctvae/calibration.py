@@ -16,8 +16,12 @@ Curves of all scans together take each scan's soft tissue towards the mean of al
 soft tissue, is moved away from the mean one again, and soft tissue with it.
 
 Then, in all but empty air, what a Gaussian takes away of soft tissue and its edges grows by `gain`: decoders blur. And what one
-along D takes away of what is brighter, bone, by `slice_gain`: they blur that most, and from slice to slice. The noise that soft
-tissue and lungs still lack is measured too, and drawn for what is generated (`grain.py`).
+along D takes away of what is brighter, bone, by `slice_gain`: they blur that most, and from slice to slice. What lies between two
+wider Gaussians grows or shrinks by `plane_gain` in plane and by `depth_gain` along D. The noise that soft tissue and lungs still
+lack is measured too, and drawn for what is generated (`grain.py`).
+
+All that moves values of rims, lungs and cavities away from those of scans again, so at the end they pass a second curve each.
+That of cavities is for what is next to them as well: decoders make small ones smaller, and some air comes out as dark as fat.
 
 Curves are monotone maps of one distribution to another (histogram matching; Gonzalez and Woods 2018, section 3.3). `sigma` is the
 one with which neighbours in outlines differ as much as in scans, the gains those with which detail has as much power, and levels
@@ -31,6 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,7 +46,7 @@ from ctvae.checkpoint import load, save
 from ctvae.device import generator
 from ctvae.errors import ModelError
 from ctvae.grain import Covariance, Grain, missing, strengths
-from ctvae.models.tone import KNOTS, about, counts, matched
+from ctvae.models.tone import KNOTS, RANGE, about, counts, matched
 
 FILE = "calibration.safetensors"
 EMPTY = -0.95  # the highest value of air
@@ -49,20 +54,24 @@ AROUND = 2  # voxels about one of empty air that are air too
 BODY = -0.5  # what is no air
 REACH = 4  # voxels from empty air to the other side of a rim: AROUND outside, as many inside
 BORDER = 3  # voxels from open lung to the tissue about it
-MOST_SIGMA, MOST_GAIN, MOST_LEVEL_GAIN = 1.0, 1.0, 2.0
+MOST_SIGMA, MOST_GAIN, MOST_LEVEL_GAIN, MOST_BAND_GAIN = 1.0, 1.0, 2.0, 0.3
 LUNG_SIGMA = 0.8  # voxels: a lattice of two to four is gone, and what is left of lungs is as wide in HU as in scans
 ROUGHER = 1.1  # times as much as in scans neighbours in lungs differ where they are smoothed
 FINE_SIGMA = 0.6  # voxels: fine detail is what this takes away
+BAND = ((0.8, 3), (1.8, 5))  # voxels: two Gaussians, and how far they reach
+BANDS = {"plane_gain": (1, 2), "depth_gain": (0,)}  # axes of D H W that they are along
+TRIED_GAIN = 0.1  # of a band, from which what it needs is told
 HALVINGS = 6  # of the range in which sigma and gain are looked for
-CURVES = ("rim", "lung", "cavity")
+CURVES, AFTER = ("rim", "lung", "cavity"), ("rim", "lung", "hollow")
 GRAIN = ("soft", "lung", "strengths")
 MIDDLE = 0.375  # of the soft tissue window, about its middle: muscle and organs
 MOST_LEVELS = 2**20  # voxels that a level is taken from
 FEWEST_LEVELS = 8  # examples of which a line can be drawn
-NEWER = ("lung_sigma", "slice_gain", "level", "level_gain")  # numbers that files of before do not have
+NEWER = ("lung_sigma", "slice_gain", "level", "level_gain", *BANDS)  # numbers that files of before do not have
 NUMBERS = ("sigma", "gain", *NEWER)
 BLUR = 2  # voxels that a Gaussian reaches
-HALO = AROUND + REACH + BORDER + 2 * BLUR  # voxels that a voxel can depend on, along each axis: lungs' smoothing, then detail
+FAR = max(reach for _, reach in BAND)
+HALO = AROUND + REACH + BORDER + BLUR + FAR  # voxels that a voxel can depend on, along each axis: lungs' smoothing, then detail
 Window = tuple[float, float]
 Detail = Callable[[Tensor, Window], Tensor]
 Shown = Sequence[tuple["Example", Tensor]]  # each under curves and levels
@@ -80,7 +89,10 @@ class Calibration:
     slice_gain: float = 0.0  # nor have they this
     level: float = 0.0  # the mean one, -1..1
     level_gain: float = 0.0
+    plane_gain: float = 0.0
+    depth_gain: float = 0.0
     grain: Grain | None = None
+    after: Tensor | None = None  # [3 K] of rim, lung and hollow, at the end
 
     def __call__(self, raw: Tensor, toned: Tensor, level: float | None = None, noise: Tensor | None = None) -> Tensor:
         """What a decoder made, before and after its own curve, as it is to be: [B 1 D H W] each.
@@ -88,13 +100,13 @@ class Calibration:
         `level`: of the whole volume (`level_of`, of what is toned); none, as of a patch: soft tissue stays where it is. `noise`:
         white noise times its strength, which grain is made of; none: without grain.
         """
-        places = Places.of(toned, self.soft)
-        x = self.applied(raw, toned, places, level)
-        return x if noise is None else self.with_grain(x, places, noise)
+        return self.applied(raw, toned, Places.of(toned, self.soft), level, noise)
 
-    def applied(self, raw: Tensor, toned: Tensor, where: Places, level: float | None = None) -> Tensor:
-        """The same where the places are known, without grain."""
-        return self.sharpened(self.levelled(raw, toned, where, level), where)
+    def applied(
+        self, raw: Tensor, toned: Tensor, where: Places, level: float | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """The same where the places are known."""
+        return self.settled(self.with_grain(self.sharpened(self.levelled(raw, toned, where, level), where), where, noise), where)
 
     def levelled(self, raw: Tensor, toned: Tensor, where: Places, level: float | None = None) -> Tensor:
         """As far as curves and levels go."""
@@ -108,11 +120,24 @@ class Calibration:
     def sharpened(self, x: Tensor, where: Places) -> Tensor:
         """What is `levelled`, with more of its detail."""
         finer = self.gain * detail(x, self.soft) + self.slice_gain * between_slices(x, self.soft)
+        for name, axes in BANDS.items():
+            if gain := getattr(self, name):
+                finer = finer + gain * band(x, self.soft, axes)
         return torch.where(where.empty, x, x + finer)
 
-    def with_grain(self, x: Tensor, where: Places, noise: Tensor) -> Tensor:
-        """What is `applied`, with grain of white noise times its strength: [B 1 D H W] each."""
-        return x if self.grain is None else x + self.grain(noise, softness(x, self.soft) * ~where.empty, where.lung)
+    def with_grain(self, x: Tensor, where: Places, noise: Tensor | None) -> Tensor:
+        """What is `sharpened`, with grain of white noise times its strength: [B 1 D H W] each."""
+        if self.grain is None or noise is None:
+            return x
+        return x + self.grain(noise, softness(x, self.soft) * ~where.empty, where.lung)
+
+    def settled(self, x: Tensor, where: Places) -> Tensor:
+        """The same at the end, under the curves of their places."""
+        if self.after is None:
+            return x
+        for values, place in zip(self.after, AFTER, strict=True):
+            x = torch.where(getattr(where, place), curve(x, values), x)
+        return x
 
     @classmethod
     def nothing(cls, soft: Window) -> Calibration:
@@ -128,7 +153,8 @@ class Calibration:
         numbers = {name: getattr(self, name) for name in NUMBERS}
         curves = {name: getattr(self, name) for name in CURVES}
         grain = {f"grain.{name}": getattr(self.grain, name) for name in GRAIN} if self.grain else {}
-        save(path, {**curves, **grain}, {**numbers, "soft": list(self.soft)})
+        after = {} if self.after is None else {"after": self.after}
+        save(path, {**curves, **grain, **after}, {**numbers, "soft": list(self.soft)})
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -141,14 +167,16 @@ class Calibration:
             if any(name.startswith("grain.") for name in tensors):
                 grain = Grain(*(tensors[f"grain.{name}"].float() for name in GRAIN))
             numbers = {name: float({**dict.fromkeys(NEWER, 0.0), **meta}[name]) for name in NUMBERS}
-            wrong = any(values.shape != (KNOTS,) or not values.isfinite().all() for values in curves.values()) or not low < high
-            wrong = wrong or not (grain is None or grain.sound)
-            least = {"level": -1.0}
+            after = tensors["after"].float() if "after" in tensors else None
+            shaped = {(KNOTS,): list(curves.values()), (len(AFTER), KNOTS): [] if after is None else [after]}
+            wrong = any(x.shape != shape or not x.isfinite().all() for shape, each in shaped.items() for x in each)
+            wrong = wrong or not low < high or not (grain is None or grain.sound)
+            least = {"level": -1.0, **dict.fromkeys(BANDS, -1.0)}
             if wrong or not all(math.isfinite(value) and least.get(name, 0) <= value <= 10 for name, value in numbers.items()):
                 raise ValueError("its numbers make no sense")
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: damaged ({error}); run `ctvae train` with --stage calibration again") from error
-        return cls(**curves, **numbers, soft=(low, high), grain=grain)  # type: ignore[arg-type]
+        return cls(**curves, **numbers, soft=(low, high), grain=grain, after=after)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -170,6 +198,11 @@ class Places:
         dark = inside & (x < soft[0])
         lung = dark & highest(open_, BORDER)
         return cls(empty, rim, lung, dark & ~lung)
+
+    @property
+    def hollow(self) -> Tensor:
+        """Cavities and what is next to them, unless it is in another place."""
+        return highest(self.cavity, 1) & ~(self.empty | self.rim | self.lung)
 
 
 class Example:
@@ -217,7 +250,45 @@ def _detailed(shown: Shown, made: Calibration) -> Calibration:
     for _ in range(2):  # grain is detail too: what it brings is not for the gain to bring
         made = _with(made, "gain", _strong_enough(shown, made, "gain", detail))
         made = _grained(shown, made)
-    return _with(made, "slice_gain", _strong_enough(shown, made, "slice_gain", between_slices))
+    made = _with(made, "slice_gain", _strong_enough(shown, made, "slice_gain", between_slices))
+    return _settled(shown, _balanced(shown, _settled(shown, made)))
+
+
+def _balanced(shown: Shown, made: Calibration) -> Calibration:
+    """With gains of bands with which each has the power that it has in scans: what they do to its root is taken for linear."""
+
+    def amplitudes(calibration: Calibration | None) -> Tensor:
+        each = ((e.real if calibration is None else _finished(calibration, e, x)) for e, x in shown)
+        return torch.tensor([_powers(x, made.soft) for x in each], dtype=torch.float64).mean(0).sqrt()
+
+    found = amplitudes(made)
+    tried = [(amplitudes(_with(made, name, TRIED_GAIN)) - found) / TRIED_GAIN for name in BANDS]
+    gains = torch.linalg.lstsq(torch.stack(tried, 1), (amplitudes(None) - found)[:, None], driver="gelsd").solution[:, 0]
+    for name, gain in zip(BANDS, gains.nan_to_num(0.0).clamp(-MOST_BAND_GAIN, MOST_BAND_GAIN).tolist(), strict=True):
+        made = _with(made, name, gain)
+    return made
+
+
+def _powers(x: Tensor, soft: Window) -> list[float]:
+    """Mean square of each band within the body."""
+    return [_power([(x, body(x))], partial(band, axes=axes), soft) for axes in BANDS.values()]
+
+
+def _settled(shown: Shown, made: Calibration) -> Calibration:
+    """With the curves of places at the end, grain included."""
+    made = replace(made, after=None)
+    sides = torch.zeros(len(AFTER), 2, RANGE, dtype=torch.float64)
+    for e, x in shown:
+        finished = _finished(made, e, x)
+        for side, place in zip(sides, AFTER, strict=True):
+            where = getattr(e.places, place)
+            side += torch.stack((counts(finished[where]), counts(e.real[where])))
+    return replace(made, after=torch.stack([_from(*side) for side in sides]))
+
+
+def _finished(made: Calibration, example: Example, x: Tensor) -> Tensor:
+    """What is under curves and levels, as it comes out in the end."""
+    return made.settled(made.with_grain(made.sharpened(x, example.places), example.places, _white(x)), example.places)
 
 
 def _with(calibration: Calibration, name: str, value: float) -> Calibration:
@@ -351,6 +422,13 @@ def between_slices(x: Tensor, soft: Window) -> Tensor:
     return bright - blurred(bright, FINE_SIGMA, BLUR, axes=(0,))
 
 
+def band(x: Tensor, soft: Window, axes: Sequence[int]) -> Tensor:
+    """What lies between two Gaussians along `axes` of x [B 1 D H W], in the soft tissue window."""
+    window = x.clamp(*soft)
+    near, far = (blurred(window, sigma, reach, axes) for sigma, reach in BAND)
+    return near - far
+
+
 def curve(x: Tensor, values: Tensor) -> Tensor:
     """`values` [K] at knots from -1 to 1, between them by straight lines; beyond, those of the ends: like x."""
     (below, share), values = about(x), values.to(x)
@@ -360,8 +438,12 @@ def curve(x: Tensor, values: Tensor) -> Tensor:
 def _curve(places: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """From decoded values to real ones, of volumes of both and where in them: the values at the knots, [K]."""
     sides = [torch.stack((counts(decoded[where]), counts(real[where]))) for decoded, real, where in places]
-    decoded, real = torch.stack(sides).sum(0)
-    return matched(decoded, real).float()
+    return _from(*torch.stack(sides).sum(0))
+
+
+def _from(decoded: Tensor, real: Tensor) -> Tensor:
+    """The same from counts; of nothing, what changes nothing."""
+    return matched(decoded, real).float() if decoded.any() else torch.linspace(-1, 1, KNOTS)
 
 
 def _rims(examples: Sequence[Example], calibration: Calibration) -> Iterator[tuple[Tensor, Tensor]]:

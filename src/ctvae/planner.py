@@ -30,6 +30,7 @@ from ctvae.networks import Size3, Wavelet3D
 from ctvae.planning import dry, stages
 from ctvae.planning.dry import TrainingCost
 from ctvae.planning.remedies import Option, keys, options, prior_options
+from ctvae.planning.remembered import remembered
 from ctvae.planning.report import Plan
 from ctvae.planning.sizes import parse_size, smaller, strides_for, written
 from ctvae.planning.workspace import Kernels
@@ -170,7 +171,7 @@ class _Search:
     def best(self) -> Plan:
         base = self._base()
         asked = load_recipe(self.method, base)
-        tried = [(Option("the settings as they are", ()), dry.training(asked, self._kernels))]
+        tried = [(Option("the settings as they are", ()), remembered(dry.training, asked, self._kernels))]
         chosen = tried[0] if self._fits(tried[0][1].peak) else None
         standing = {asked.autoencoder.precision: tried[0][1].standing}
         for option in options(asked, self._pinned) if chosen is None else ():
@@ -178,7 +179,7 @@ class _Search:
             between = standing.get(cfg.autoencoder.precision, 0)  # steps, where nothing but the precision helps
             if not (self._fits(between) and self._promising(cfg, asked, tried[0][1])):
                 continue
-            tried.append((option, dry.training(cfg, self._kernels)))
+            tried.append((option, remembered(dry.training, cfg, self._kernels)))
             standing.setdefault(cfg.autoencoder.precision, tried[-1][1].standing)
             if self._fits(tried[-1][1].peak):
                 chosen = chosen or (tried[-1] if self._free(option) else None)
@@ -261,7 +262,7 @@ class _Search:
             tiles += smaller(cfg.data.tile, cfg.model.grid, SMALLEST_TILE)
         for tile in tiles:
             size = dry.whole(cfg)
-            use = Use(tile, *(peak(cfg, size, tile, self._kernels) for peak in (dry.encoding, dry.decoding)))
+            use = Use(tile, *(remembered(peak, cfg, size, tile, self._kernels) for peak in (dry.encoding, dry.decoding)))
             if self._fits(max(use.encoding, use.decoding)):
                 break
         return use
@@ -274,7 +275,7 @@ class _Search:
             tried = with_overrides(cfg, changes)
             if changes != last and not self._fits(standing + least * tried.prior.batch):
                 continue
-            cost = dry.prior(tried, self.source.groups, self._kernels)
+            cost = remembered(dry.prior, tried, self.source.groups, self._kernels)
             if self._fits(max(cost.phases.values())):
                 break
             standing, least = cost.standing, (cost.phases["flow"] - cost.standing) / tried.prior.batch
@@ -308,7 +309,8 @@ class _Search:
         asked = load_recipe(self.method, self._base())
         for size in smaller(dry.whole(asked), asked.model.grid, asked.model.grid):
             try:
-                cost = dry.training(load_recipe(self.method, (*self._base(), f"data.shape={list(size)}")), self._kernels)
+                smaller_group = load_recipe(self.method, (*self._base(), f"data.shape={list(size)}"))
+                cost = remembered(dry.training, smaller_group, self._kernels)
                 if self._fits(cost.peak):
                     return f"fits on {written(size)} ({_amount(cost.peak)})"
             except ConfigError:  # too small for the method

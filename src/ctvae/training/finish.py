@@ -138,12 +138,12 @@ class FinishObjective(nn.Module):
             fixed = toned.detach()
             places = Places.of(fixed, self.calibration.soft)
             held = self.calibration.sees_to(fixed, places)
-            added = self.calibration.applied(raw.detach(), fixed, places) - fixed
-            decoded = torch.where(held, fixed, toned) + added
+            applied = self.calibration.applied(raw.detach(), fixed, places)
+            decoded = torch.where(held, fixed, toned) + (applied - fixed)
             if self.calibration.grain is None:
                 return raw, decoded, decoded, held
             noise = self._noise(self.calibration.grain, decoded.shape, random).to(decoded)
-            grain = self.calibration.with_grain(decoded.detach(), places, noise) - decoded.detach()
+            grain = self.calibration.applied(raw.detach(), fixed, places, noise=noise) - applied
             return raw, decoded, decoded + grain, held
 
     def _noise(self, grain: Grain, shape: torch.Size, random: torch.Generator) -> Tensor:
