@@ -136,7 +136,11 @@ def test_a_lung_is_wide_and_an_airway_is_not():
         assert not other.any()
 
 
-def test_what_is_next_to_a_cavity_is_hollow():
+def test_what_is_next_to_a_cavity_with_air_is_hollow():
+    x = torch.full((1, 1, *SHAPE), 0.05)
+    x[0, 0, 7:10, 20:23, 22:25] = -0.2  # fat that came out too dark
+    assert Places.of(x, SOFT).cavity.any()
+    assert not Places.of(x, SOFT).hollow.any()
     x = torch.full((1, 1, *SHAPE), 0.05)
     x[0, 0, 7:10, 10:13, 12:15] = -0.85
     cavity, hollow = (getattr(Places.of(x, SOFT), name)[0, 0].numpy() for name in ("cavity", "hollow"))

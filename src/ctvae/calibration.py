@@ -21,7 +21,7 @@ wider Gaussians grows or shrinks by `plane_gain` in plane and by `depth_gain` al
 lack is measured too, and drawn for what is generated (`grain.py`).
 
 All that moves values of rims, lungs and cavities away from those of scans again, so at the end they pass a second curve each.
-That of cavities is for what is next to them as well: decoders make small ones smaller, and some air comes out as dark as fat.
+That of cavities is for those that hold air and what is next to it: decoders make small ones smaller, and some air as dark as fat.
 
 Curves are monotone maps of one distribution to another (histogram matching; Gonzalez and Woods 2018, section 3.3). `sigma` is the
 one with which neighbours in outlines differ as much as in scans, the gains those with which detail has as much power, and levels
@@ -52,6 +52,7 @@ FILE = "calibration.safetensors"
 EMPTY = -0.95  # the highest value of air
 AROUND = 2  # voxels about one of empty air that are air too
 BODY = -0.5  # what is no air
+AIR = -0.7  # what is air in a cavity, and no dark spot of fat
 REACH = 4  # voxels from empty air to the other side of a rim: AROUND outside, as many inside
 BORDER = 3  # voxels from open lung to the tissue about it
 MOST_SIGMA, MOST_GAIN, MOST_LEVEL_GAIN, MOST_BAND_GAIN = 1.0, 1.0, 2.0, 0.3
@@ -187,6 +188,7 @@ class Places:
     rim: Tensor
     lung: Tensor
     cavity: Tensor
+    hollow: Tensor  # cavities that hold air and what is next to it, unless it is in another place
 
     @classmethod
     def of(cls, x: Tensor, soft: Window) -> Places:
@@ -197,12 +199,8 @@ class Places:
         open_ = inside & (highest(x, AROUND) < soft[0])
         dark = inside & (x < soft[0])
         lung = dark & highest(open_, BORDER)
-        return cls(empty, rim, lung, dark & ~lung)
-
-    @property
-    def hollow(self) -> Tensor:
-        """Cavities and what is next to them, unless it is in another place."""
-        return highest(self.cavity, 1) & ~(self.empty | self.rim | self.lung)
+        cavity = dark & ~lung
+        return cls(empty, rim, lung, cavity, highest(cavity & (x < AIR), 1) & inside & ~lung)
 
 
 class Example:
