@@ -44,7 +44,8 @@ def within(measure: dict[str, Any]) -> str:
 def whole(report: dict[str, Any]) -> list[str]:
     sets = report["sets"]
     names = [one["name"] for one in sets]
-    lines = [f"| measure | {names[0]} (95 % interval) | {' | '.join(names[1:])} | real against real | {names[0]} within |"]
+    titles = ["measure", f"{names[0]} (95 % interval)", *names[1:], "real against real", f"{names[0]} within"]
+    lines = [f"| {' | '.join(titles)} |"]
     lines.append("|---" * (len(names) + 3) + "|")
     for row in zip(*(one["measures"] for one in sets), strict=True):
         values = [shown(measure, interval=index == 0) for index, measure in enumerate(row)]
