@@ -262,7 +262,9 @@ def _balanced(shown: Shown, made: Calibration) -> Calibration:
     found = amplitudes(made)
     tried = [(amplitudes(_with(made, name, TRIED_GAIN)) - found) / TRIED_GAIN for name in BANDS]
     gains = torch.linalg.lstsq(torch.stack(tried, 1), (amplitudes(None) - found)[:, None], driver="gelsd").solution[:, 0]
-    for name, gain in zip(BANDS, gains.nan_to_num(0.0).clamp(-MOST_BAND_GAIN, MOST_BAND_GAIN).tolist(), strict=True):
+    if not bool((gains.abs() <= MOST_BAND_GAIN).all()):
+        return made  # what takes more is no matter of bands
+    for name, gain in zip(BANDS, gains.tolist(), strict=True):
         made = _with(made, name, gain)
     return made
 
