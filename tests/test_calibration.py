@@ -15,17 +15,12 @@ from ctvae.calibration import (
     HALO,
     LUNG_SIGMA,
     Calibration,
-    Example,
     Places,
-    _balanced,
-    _grained,
-    _settled,
     band,
     between_slices,
     body,
     curve,
     detail,
-    fit,
     highest,
     level_of,
     smoothed,
@@ -36,6 +31,7 @@ from ctvae.errors import ModelError
 from ctvae.grain import Grain
 from ctvae.models.tone import KNOTS
 from ctvae.tiling import tiled
+from ctvae.training.calibration import Example, _balanced, _grained, _settled, fit
 
 SOFT = (-0.16, 0.24)
 SHAPE = (24, 32, 40)
@@ -167,6 +163,7 @@ def test_stippled_outlines_become_as_smooth_as_those_of_scans():
     assert roughness(other.toned) > 1.5 * wanted
     assert roughness(made) == pytest.approx(wanted, rel=0.15)  # of one that it was not fitted to
     assert calibration.sigma > 0.2
+    assert (calibration.plane_gain, calibration.depth_gain) == (0, 0)  # dots are no matter of bands
     error = [(x - other.real).square().mean().item() for x in (other.toned, made)]
     assert error[1] < 0.7 * error[0]
     assert torch.equal(made[Places.of(other.toned, SOFT).empty], other.toned[Places.of(other.toned, SOFT).empty])
