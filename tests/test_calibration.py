@@ -27,11 +27,12 @@ from ctvae.calibration import (
     smoothed_within,
 )
 from ctvae.checkpoint import load, save
+from ctvae.dots import standing_out
 from ctvae.errors import ModelError
 from ctvae.grain import Grain
 from ctvae.models.tone import KNOTS
 from ctvae.tiling import tiled
-from ctvae.training.calibration import Example, _balanced, _grained, _settled, fit
+from ctvae.training.calibration import Example, _balanced, _dotless, _grained, _settled, fit
 
 SOFT = (-0.16, 0.24)
 SHAPE = (24, 32, 40)
@@ -299,6 +300,50 @@ def test_places_that_no_scan_has_have_no_curve():
         torch.testing.assert_close(values, torch.linspace(-1, 1, KNOTS))
 
 
+@pytest.mark.parametrize("shape", [SHAPE, (1, 32, 40), (3, 1, 1), (1, 1, 1)])
+def test_what_stands_out_is_told_by_scipys_filter(shape):
+    x = 0.3 * noise(5, shape)
+    others = np.ones((3, 3, 3))
+    others[1, 1, 1] = 0
+    around = ndimage.maximum_filter(x[0, 0].numpy(), footprint=others, mode="constant", cval=-np.inf)
+    np.testing.assert_allclose(standing_out(x)[0, 0], np.clip(x[0, 0].numpy() - around, 0, 2) - 1, atol=1e-6)
+
+
+def spotted(seed: int, height: float) -> Tensor:
+    """Soft tissue with noise, and one voxel in 500 that is brighter, one in 500 that is darker by up to `height`."""
+    chance = torch.rand(1, 1, *SHAPE, generator=torch.Generator().manual_seed(seed))
+    heights = height * torch.rand(1, 1, *SHAPE, generator=torch.Generator().manual_seed(seed + 1))
+    return 0.05 + 0.01 * noise(seed + 2) + heights * ((chance > 0.998).float() - (chance < 0.002).float())
+
+
+def test_dots_stand_out_as_far_as_those_of_scans():
+    examples = [Example(*2 * (spotted(seed, 0.6),), spotted(seed + 40, 0.1), SOFT) for seed in range(0, 12, 3)]
+    calibration = _dotless([(e, e.raw) for e in examples], Calibration.nothing(SOFT))
+    for sign in (1, -1):
+        before, now, wanted = (
+            np.sort(torch.cat([standing_out(sign * x).flatten() + 1 for x in side]).numpy())[-400:]
+            for side in zip(*((e.raw, calibration(e.raw, e.toned), e.real) for e in examples), strict=True)
+        )
+        assert np.abs(before - wanted).mean() > 0.1
+        assert np.abs(now - wanted).mean() < 0.01  # knots are 0.01 apart
+    e = examples[0]
+    changed = (calibration(e.raw, e.toned) != e.raw)[0, 0].numpy()
+    alone = np.maximum(*(standing_out(sign * e.raw)[0, 0].numpy() for sign in (1, -1))) > -1
+    assert changed.any()
+    assert not changed[~alone].any()  # nothing else is touched
+    line = torch.full((1, 1, *SHAPE), 0.05)
+    line[0, 0, 12, 16, 5:30] = 0.9  # no dots but a vessel: each voxel has a neighbour as bright
+    torch.testing.assert_close(calibration(line, line), line)
+
+
+def test_dots_are_never_made():
+    """Where scans have more of them than a decoder, none is added."""
+    e = Example(*2 * (spotted(0, 0.1),), spotted(9, 0.6), SOFT)
+    calibration = _dotless([(e, e.raw)], Calibration.nothing(SOFT))
+    for sign in (1, -1):
+        assert bool((standing_out(sign * calibration(e.raw, e.toned)) <= standing_out(sign * e.raw) + 1e-6).all())
+
+
 def flat(level: float, seed: int) -> Tensor:
     """Soft tissue about a level, fat 0.12 below it, air and bone, a quarter of W each."""
     x = torch.cat([torch.full((1, 1, 24, 32, 10), value) for value in (-1.0, level - 0.12, level, 0.7)], dim=4)
@@ -311,7 +356,7 @@ def test_soft_tissue_gets_the_level_of_its_own_scan_back():
     examples = [Example(*2 * (flat(0.04 + 0.5 * (level - 0.04), 1),), flat(level, 2), SOFT) for level in levels]
     values = examples[0].real.numpy()
     assert examples[0].real_level == pytest.approx(np.median(values[(values > -0.035) & (values < 0.115)]), abs=1e-6)
-    calibration = replace(fit(examples, SOFT), gain=0.0, slice_gain=0.0, plane_gain=0.0, depth_gain=0.0)
+    calibration = replace(fit(examples, SOFT), gain=0.0, slice_gain=0.0, plane_gain=0.0, depth_gain=0.0, dots=None)
     assert calibration.level == pytest.approx(0.04, abs=0.002)
     assert calibration.level_gain == pytest.approx(1.0, abs=0.05)
     decoded = flat(0.06, 3)

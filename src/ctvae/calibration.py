@@ -22,6 +22,8 @@ lack is measured too, and drawn for what is generated (`grain.py`).
 
 All that moves values of rims, lungs and cavities away from those of scans again, so at the end they pass a second curve each.
 That of cavities is for those that hold air and what is next to it: decoders make small ones smaller, and some air as dark as fat.
+Last, single voxels that stand out of all around them stand out as far as those of scans do (`dots.py`), in rims and in what is
+inside: lungs have vessels.
 
 Curves are monotone maps of one distribution to another (histogram matching; Gonzalez and Woods 2018, section 3.3). `sigma` is the
 one with which neighbours in outlines differ as much as in scans, the gains those with which detail has as much power, and levels
@@ -43,9 +45,10 @@ from torch import Tensor
 
 from ctvae.blur import blurred, blurred_within
 from ctvae.checkpoint import load, save
+from ctvae.dots import dotless
 from ctvae.errors import ModelError
 from ctvae.grain import Grain
-from ctvae.models.tone import KNOTS, about
+from ctvae.models.tone import KNOTS, curve
 
 FILE = "calibration.safetensors"
 EMPTY = -0.95  # the highest value of air
@@ -59,14 +62,16 @@ FINE_SIGMA = 0.6  # voxels: fine detail is what this takes away
 BAND = ((0.8, 3), (1.8, 5))  # voxels: two Gaussians, and how far they reach
 BANDS = {"plane_gain": (1, 2), "depth_gain": (0,)}  # axes of D H W that they are along
 CURVES, AFTER = ("rim", "lung", "cavity"), ("rim", "lung", "hollow")
+DOTTED = ("rim", "inside")
 GRAIN = ("soft", "lung", "strengths")
 MIDDLE = 0.375  # of the soft tissue window, about its middle: muscle and organs
 MOST_LEVELS = 2**20  # voxels that a level is taken from
+NEWER_CURVES = {"after": len(AFTER), "dots": 2 * len(DOTTED)}  # nor these, how many of each
 NEWER = ("lung_sigma", "slice_gain", "level", "level_gain", *BANDS)  # numbers that files of before do not have
 NUMBERS = ("sigma", "gain", *NEWER)
 BLUR = 2  # voxels that a Gaussian reaches
 FAR = max(reach for _, reach in BAND)
-HALO = AROUND + REACH + BORDER + BLUR + FAR  # voxels that a voxel can depend on, along each axis: lungs' smoothing, then detail
+HALO = AROUND + REACH + BORDER + BLUR + FAR + 1  # voxels that one can depend on, along each axis: lungs' smoothing, detail, dots
 Window = tuple[float, float]
 
 
@@ -86,6 +91,7 @@ class Calibration:
     depth_gain: float = 0.0
     grain: Grain | None = None
     after: Tensor | None = None  # [3 K] of rim, lung and hollow, at the end
+    dots: Tensor | None = None  # [4 K] how far they stand out: bright and dark ones of rim, then of what is inside
 
     def __call__(self, raw: Tensor, toned: Tensor, level: float | None = None, noise: Tensor | None = None) -> Tensor:
         """What a decoder made, before and after its own curve, as it is to be: [B 1 D H W] each.
@@ -99,7 +105,11 @@ class Calibration:
         self, raw: Tensor, toned: Tensor, where: Places, level: float | None = None, noise: Tensor | None = None
     ) -> Tensor:
         """The same where the places are known."""
-        return self.settled(self.with_grain(self.sharpened(self.levelled(raw, toned, where, level), where), where, noise), where)
+        return self.finished(self.levelled(raw, toned, where, level), where, noise)
+
+    def finished(self, x: Tensor, where: Places, noise: Tensor | None = None) -> Tensor:
+        """What is `levelled`, with all that follows."""
+        return self.dotless(self.settled(self.with_grain(self.sharpened(x, where), where, noise), where), where)
 
     def levelled(self, raw: Tensor, toned: Tensor, where: Places, level: float | None = None) -> Tensor:
         """As far as curves and levels go."""
@@ -132,6 +142,14 @@ class Calibration:
             x = torch.where(getattr(where, place), curve(x, values), x)
         return x
 
+    def dotless(self, x: Tensor, where: Places) -> Tensor:
+        """What is `settled`, with as many dots as scans have."""
+        if self.dots is None:
+            return x
+        for place, curves in zip(DOTTED, self.dots.split(2), strict=True):
+            x = dotless(x, getattr(where, place), *curves)
+        return x
+
     @classmethod
     def nothing(cls, soft: Window) -> Calibration:
         """One that changes nothing."""
@@ -146,8 +164,8 @@ class Calibration:
         numbers = {name: getattr(self, name) for name in NUMBERS}
         curves = {name: getattr(self, name) for name in CURVES}
         grain = {f"grain.{name}": getattr(self.grain, name) for name in GRAIN} if self.grain else {}
-        after = {} if self.after is None else {"after": self.after}
-        save(path, {**curves, **grain, **after}, {**numbers, "soft": list(self.soft)})
+        newer = {name: getattr(self, name) for name in NEWER_CURVES if getattr(self, name) is not None}
+        save(path, {**curves, **grain, **newer}, {**numbers, "soft": list(self.soft)})
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -160,16 +178,16 @@ class Calibration:
             if any(name.startswith("grain.") for name in tensors):
                 grain = Grain(*(tensors[f"grain.{name}"].float() for name in GRAIN))
             numbers = {name: float({**dict.fromkeys(NEWER, 0.0), **meta}[name]) for name in NUMBERS}
-            after = tensors["after"].float() if "after" in tensors else None
-            shaped = {(KNOTS,): list(curves.values()), (len(AFTER), KNOTS): [] if after is None else [after]}
-            wrong = any(x.shape != shape or not x.isfinite().all() for shape, each in shaped.items() for x in each)
+            newer = {name: tensors[name].float() for name in NEWER_CURVES if name in tensors}
+            rows = {name: (NEWER_CURVES[name], KNOTS) for name in newer} | dict.fromkeys(curves, (KNOTS,))
+            wrong = any(x.shape != rows[name] or not x.isfinite().all() for name, x in {**curves, **newer}.items())
             wrong = wrong or not low < high or not (grain is None or grain.sound)
             least = {"level": -1.0, **dict.fromkeys(BANDS, -1.0)}
             if wrong or not all(math.isfinite(value) and least.get(name, 0) <= value <= 10 for name, value in numbers.items()):
                 raise ValueError("its numbers make no sense")
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: damaged ({error}); run `ctvae train` with --stage calibration again") from error
-        return cls(**curves, **numbers, soft=(low, high), grain=grain, after=after)  # type: ignore[arg-type]
+        return cls(**curves, **numbers, soft=(low, high), grain=grain, **newer)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -181,6 +199,11 @@ class Places:
     lung: Tensor
     cavity: Tensor
     hollow: Tensor  # cavities that hold air and what is next to it, unless it is in another place
+
+    @property
+    def inside(self) -> Tensor:
+        """None of the first three."""
+        return ~(self.empty | self.rim | self.lung)
 
     @classmethod
     def of(cls, x: Tensor, soft: Window) -> Places:
@@ -267,9 +290,3 @@ def band(x: Tensor, soft: Window, axes: Sequence[int]) -> Tensor:
     window = x.clamp(*soft)
     near, far = (blurred(window, sigma, reach, axes) for sigma, reach in BAND)
     return near - far
-
-
-def curve(x: Tensor, values: Tensor) -> Tensor:
-    """`values` [K] at knots from -1 to 1, between them by straight lines; beyond, those of the ends: like x."""
-    (below, share), values = about(x), values.to(x)
-    return torch.lerp(values[below], values[below + 1], share)

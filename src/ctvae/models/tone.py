@@ -101,6 +101,12 @@ def about(y: Tensor) -> tuple[Tensor, Tensor]:
     return below, place - below
 
 
+def curve(x: Tensor, values: Tensor) -> Tensor:
+    """`values` [K] at knots from -1 to 1, between them by straight lines; beyond, those of the ends: like x."""
+    (below, share), values = about(x), values.to(x)
+    return torch.lerp(values[below], values[below + 1], share)
+
+
 def counts(x: Tensor) -> Tensor:
     """How often values in each of RANGE bins about -1 to 1 occur in x [n]: [RANGE]."""
     place = ((x.float().clamp(-1, 1) + 1) * ((RANGE - 1) / 2)).round().long()

@@ -21,6 +21,7 @@ from ctvae.calibration import (
     AROUND,
     BANDS,
     BODY,
+    DOTTED,
     LUNG_SIGMA,
     MIDDLE,
     NUMBERS,
@@ -39,6 +40,7 @@ from ctvae.calibration import (
 from ctvae.calibration import FILE as CALIBRATION
 from ctvae.dataset import Dataset
 from ctvae.device import generator
+from ctvae.dots import standing_out
 from ctvae.grain import Covariance, Grain, missing, strengths
 from ctvae.model import Model
 from ctvae.models.tone import KNOTS, RANGE, counts, matched
@@ -139,7 +141,7 @@ def _detailed(shown: Shown, made: Calibration) -> Calibration:
         made = _with(made, "gain", _strong_enough(shown, made, "gain", detail))
         made = _grained(shown, made)
     made = _with(made, "slice_gain", _strong_enough(shown, made, "slice_gain", between_slices))
-    return _settled(shown, _balanced(shown, _settled(shown, made)))
+    return _dotless(shown, _settled(shown, _balanced(shown, _settled(shown, made))))
 
 
 def _balanced(shown: Shown, made: Calibration) -> Calibration:
@@ -166,7 +168,7 @@ def _powers(x: Tensor, soft: Window) -> list[float]:
 
 def _settled(shown: Shown, made: Calibration) -> Calibration:
     """With the curves of places at the end, grain included."""
-    made = replace(made, after=None)
+    made = replace(made, after=None, dots=None)
     sides = torch.zeros(len(AFTER), 2, RANGE, dtype=torch.float64)
     for e, x in shown:
         finished = _finished(made, e, x)
@@ -176,9 +178,22 @@ def _settled(shown: Shown, made: Calibration) -> Calibration:
     return replace(made, after=torch.stack([_from(*side) for side in sides]))
 
 
+def _dotless(shown: Shown, made: Calibration) -> Calibration:
+    """With dots that stand out as far as those of scans."""
+    made = replace(made, dots=None)
+    sides = torch.zeros(len(DOTTED), 2, 2, RANGE, dtype=torch.float64)  # of each place: bright and dark, ours and theirs
+    for e, x in shown:
+        for volume, places, side in ((_finished(made, e, x), e.places, 0), (e.real, e.real_places, 1)):
+            for row, sign in enumerate((1, -1)):
+                found = standing_out(sign * volume)
+                for place, name in enumerate(DOTTED):
+                    sides[place, row, side] += counts(found[getattr(places, name)])
+    return replace(made, dots=torch.stack([_from(*side) for side in sides.flatten(0, 1)]))
+
+
 def _finished(made: Calibration, example: Example, x: Tensor) -> Tensor:
     """What is under curves and levels, as it comes out in the end."""
-    return made.settled(made.with_grain(made.sharpened(x, example.places), example.places, _white(x)), example.places)
+    return made.finished(x, example.places, _white(x))
 
 
 def _with(calibration: Calibration, name: str, value: float) -> Calibration:
