@@ -45,7 +45,7 @@ from torch import Tensor
 
 from ctvae.blur import blurred, blurred_within
 from ctvae.checkpoint import load, save
-from ctvae.dots import dotless
+from ctvae.dots import KINDS, dotless
 from ctvae.errors import ModelError
 from ctvae.grain import Grain
 from ctvae.models.tone import KNOTS, curve
@@ -66,7 +66,7 @@ DOTTED = ("rim", "inside")
 GRAIN = ("soft", "lung", "strengths")
 MIDDLE = 0.375  # of the soft tissue window, about its middle: muscle and organs
 MOST_LEVELS = 2**20  # voxels that a level is taken from
-NEWER_CURVES = {"after": len(AFTER), "dots": 2 * len(DOTTED)}  # nor these, how many of each
+NEWER_CURVES = {"after": len(AFTER), "dots": KINDS * len(DOTTED)}  # nor these, how many of each
 NEWER = ("lung_sigma", "slice_gain", "level", "level_gain", *BANDS)  # numbers that files of before do not have
 NUMBERS = ("sigma", "gain", *NEWER)
 BLUR = 2  # voxels that a Gaussian reaches
@@ -91,7 +91,7 @@ class Calibration:
     depth_gain: float = 0.0
     grain: Grain | None = None
     after: Tensor | None = None  # [3 K] of rim, lung and hollow, at the end
-    dots: Tensor | None = None  # [4 K] how far they stand out: bright and dark ones of rim, then of what is inside
+    dots: Tensor | None = None  # [8 K] how far they stand out: the four kinds in rims, then in what is inside
 
     def __call__(self, raw: Tensor, toned: Tensor, level: float | None = None, noise: Tensor | None = None) -> Tensor:
         """What a decoder made, before and after its own curve, as it is to be: [B 1 D H W] each.
@@ -146,8 +146,8 @@ class Calibration:
         """What is `settled`, with as many dots as scans have."""
         if self.dots is None:
             return x
-        for place, curves in zip(DOTTED, self.dots.split(2), strict=True):
-            x = dotless(x, getattr(where, place), *curves)
+        for place, curves in zip(DOTTED, self.dots.split(KINDS), strict=True):
+            x = dotless(x, getattr(where, place), self.soft, curves)
         return x
 
     @classmethod

@@ -40,7 +40,7 @@ from ctvae.calibration import (
 from ctvae.calibration import FILE as CALIBRATION
 from ctvae.dataset import Dataset
 from ctvae.device import generator
-from ctvae.dots import standing_out
+from ctvae.dots import KINDS, dots
 from ctvae.grain import Covariance, Grain, missing, strengths
 from ctvae.model import Model
 from ctvae.models.tone import KNOTS, RANGE, counts, matched
@@ -141,7 +141,8 @@ def _detailed(shown: Shown, made: Calibration) -> Calibration:
         made = _with(made, "gain", _strong_enough(shown, made, "gain", detail))
         made = _grained(shown, made)
     made = _with(made, "slice_gain", _strong_enough(shown, made, "slice_gain", between_slices))
-    return _dotless(shown, _settled(shown, _balanced(shown, _settled(shown, made))))
+    made = _dotless(shown, _settled(shown, made))
+    return _dotless(shown, _settled(shown, _balanced(shown, made)))
 
 
 def _balanced(shown: Shown, made: Calibration) -> Calibration:
@@ -181,13 +182,12 @@ def _settled(shown: Shown, made: Calibration) -> Calibration:
 def _dotless(shown: Shown, made: Calibration) -> Calibration:
     """With dots that stand out as far as those of scans."""
     made = replace(made, dots=None)
-    sides = torch.zeros(len(DOTTED), 2, 2, RANGE, dtype=torch.float64)  # of each place: bright and dark, ours and theirs
+    sides = torch.zeros(len(DOTTED), KINDS, 2, RANGE, dtype=torch.float64)
     for e, x in shown:
         for volume, places, side in ((_finished(made, e, x), e.places, 0), (e.real, e.real_places, 1)):
-            for row, sign in enumerate((1, -1)):
-                found = standing_out(sign * volume)
+            for row, (_, far, kind) in enumerate(dots(volume, made.soft)):
                 for place, name in enumerate(DOTTED):
-                    sides[place, row, side] += counts(found[getattr(places, name)])
+                    sides[place, row, side] += counts(far[getattr(places, name) & kind])
     return replace(made, dots=torch.stack([_from(*side) for side in sides.flatten(0, 1)]))
 
 
