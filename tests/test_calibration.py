@@ -415,11 +415,12 @@ def test_a_file_of_before_smooths_no_lungs_and_moves_no_levels(tmp_path):
     known = Calibration.load(tmp_path / FILE)
     assert {name: getattr(known, name) for name in newer} == newer
     tensors, told = load(tmp_path / FILE)
-    of_before = {name: tensor for name, tensor in tensors.items() if name != "after"}
+    of_before = {name: tensor for name, tensor in tensors.items() if name not in ("after", "dots")}
     save(tmp_path / FILE, of_before, {name: value for name, value in told.items() if name not in newer})
     before = Calibration.load(tmp_path / FILE)
     assert [getattr(before, name) for name in newer] == [0, 0, 0, 0, 0, 0]
     assert before.after is None
+    assert before.dots is None
 
 
 @pytest.mark.parametrize(
@@ -431,6 +432,7 @@ def test_a_file_of_before_smooths_no_lungs_and_moves_no_levels(tmp_path):
         ({f"grain.{name}": torch.zeros(3) for name in ("soft", "lung", "strengths")}, {}),
         ({}, {"lung_sigma": "wide"}), ({}, {"level": -1.5}), ({}, {"level_gain": -0.5}), ({}, {"plane_gain": -1.5}),
         ({"after": torch.zeros(2, KNOTS)}, {}), ({"after": torch.full((3, KNOTS), torch.inf)}, {}),
+        ({"dots": torch.zeros(4, KNOTS)}, {}),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line(tmp_path, curves, meta):
@@ -495,7 +497,7 @@ def test_what_lies_beyond_the_halo_does_not_matter(seed):
     knots = torch.linspace(-1, 1, KNOTS)
     calibration = Calibration(knots - 0.1, 0.8 * knots, 0.5 * knots, 0.6, 0.5, SOFT, lung_sigma=0.8, slice_gain=0.7)
     after = torch.stack((0.9 * knots, knots + 0.1, 0.7 * knots))
-    calibration = replace(calibration, plane_gain=-0.2, depth_gain=0.3, after=after)
+    calibration = replace(calibration, plane_gain=-0.2, depth_gain=0.3, after=after, dots=(0.5 * knots - 0.5).expand(8, -1))
     one = (1, 1, 1)
     taps = noise(seed + 20, (2, 7, 7))[0, 0].repeat(1, 4, 1)[:, :7] * 0.01
     calibration = replace(calibration, grain=Grain(*taps[:, None].expand(2, 7, 7, 7).unbind(), torch.ones(2)))

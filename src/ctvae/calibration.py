@@ -71,7 +71,8 @@ NEWER = ("lung_sigma", "slice_gain", "level", "level_gain", *BANDS)  # numbers t
 NUMBERS = ("sigma", "gain", *NEWER)
 BLUR = 2  # voxels that a Gaussian reaches
 FAR = max(reach for _, reach in BAND)
-HALO = AROUND + REACH + BORDER + BLUR + FAR + 1  # voxels that one can depend on, along each axis: lungs' smoothing, detail, dots
+# Voxels that one can depend on, along each axis: those of lungs' smoothing, of detail, and one for dots of each place in turn.
+HALO = AROUND + REACH + BORDER + BLUR + FAR + len(DOTTED)
 Window = tuple[float, float]
 
 
