@@ -1,7 +1,7 @@
 """Single voxels that stand out of all that is around them: what is sharpened has many, scans have few.
 
 How far a voxel lies above the brightest of the 26 about it, or below the darkest, is taken down to what it is in scans; nothing
-else is touched. With a limit of nothing at all this is conservative smoothing (Hall 1979).
+else is touched. Where nothing may stand out at all this is conservative smoothing (Hall 2007).
 
 There are four kinds: bright ones with nothing brighter than soft tissue around them, and beside bone; dark ones with nothing
 darker than soft tissue around them, and beside air. Within bone some stand out far in scans, within fat none.
