@@ -111,8 +111,8 @@ def every_verb(scans, tiny_dataset, tiny_run, tmp_path) -> list[list[str]]:
     data, run = str(tiny_dataset), str(tiny_run)
     return [
         ["prepare", str(scans), "--slices", "8", "--workers", "1"],
-        ["train", data],
-        ["compare", data, "--methods", "wavelet3d", "--minutes", "0.01"],
+        ["train", data, "--set", "polish.enabled=false", "--set", "finish.enabled=false"],  # sooner planned
+        ["compare", data, "--methods", "slice2d", "--minutes", "0.01"],
         ["generate", run, "-n", "1"],
         ["vary", run, scan, "-n", "1"],
         ["interpolate", run, scan, scan, "-n", "2"],

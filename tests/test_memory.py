@@ -255,7 +255,8 @@ def test_a_real_allocation_failure(tiny_dataset, tmp_path):
 def larger(tiny_settings) -> list[str]:
     """Groups and features of which the activations, and not the weights, take the memory; the prior's batch is free."""
     kept = [text for text in tiny_settings if not text.startswith(("model.widths", "prior.batch"))]
-    return [*kept, "model.widths=[16,16]", "data.shape=[64,64,64]", "polish.enabled=false"]
+    few = ("autoencoder.steps=2", "prior.steps=2")
+    return [*kept, "model.widths=[16,16]", "data.shape=[64,64,64]", "polish.enabled=false", *few]
 
 
 def test_memory_makes_a_plan_and_the_run_resumes_with_it(tiny_dataset, tiny_settings, tmp_path, capsys):
