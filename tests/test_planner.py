@@ -249,7 +249,8 @@ def test_batches_of_the_prior_that_cannot_fit_are_not_run_dry(gb, monkeypatch):
 
 
 def test_many_groups_need_memory_of_their_own_up_to_what_is_fitted_to():
-    few, some, many, most = (planner.plan("wavelet3d", SIZE, 24, UNSHARPENED, groups=groups) for groups in (6, 600, 1000, 100_000))
+    planned = (planner.plan("wavelet3d", SIZE, 24, UNSHARPENED, groups=groups) for groups in (6, 600, 1000, 100_000))
+    few, some, many, most = planned
     assert some.prior_phases_gb["fitting"] > 20 * few.prior_phases_gb["fitting"]  # a hundred times as many, all fitted to
     assert most.prior_phases_gb["fitting"] < 2.1 * many.prior_phases_gb["fitting"]
     assert most.prior_phases_gb["flow"] == pytest.approx(few.prior_phases_gb["flow"], rel=0.1)
