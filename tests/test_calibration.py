@@ -31,7 +31,7 @@ from ctvae.errors import ModelError
 from ctvae.grain import Grain
 from ctvae.models.tone import KNOTS
 from ctvae.tiling import tiled
-from ctvae.training.calibration import Example, _balanced, _grained, _settled, fit
+from ctvae.training.calibration import Example, _balanced, _detailed, _grained, _settled, fit
 
 SOFT = (-0.16, 0.24)
 SHAPE = (24, 32, 40)
@@ -210,12 +210,14 @@ def test_a_lattice_in_lungs_goes_and_their_spread_stays():
     assert fit([Example(real, real, real, SOFT)], SOFT).lung_sigma == 0  # as rough as scans: left alone
 
 
-def test_detail_that_is_too_weak_gets_the_power_that_it_has_in_scans():
-    real = 0.05 + 0.02 * noise(9)
-    decoded = 0.05 + 0.8 * (real - 0.05)
+@pytest.mark.parametrize("share", [0.8, 0.35])
+def test_detail_that_is_too_weak_gets_the_power_that_it_has_in_scans(share):
+    """Of a decoder that has been sharpened, and of one that has not."""
+    real = 0.05 + (0.02 if share > 0.5 else 0.06) * noise(9)  # grain would bring what even tissue lacks
+    decoded = 0.05 + share * (real - 0.05)
     calibration = fit([Example(decoded, decoded, real, SOFT)], SOFT)
     power = [detail(x, SOFT).square().mean().item() for x in (decoded, calibration(decoded, decoded), real)]
-    assert power[0] == pytest.approx(0.64 * power[2], rel=0.01)
+    assert power[0] == pytest.approx(share**2 * power[2], rel=0.01)
     assert power[1] == pytest.approx(power[2], rel=0.03)
     assert fit([Example(real, real, decoded, SOFT)], SOFT).gain == 0.0  # it is never smoothed
 
@@ -230,6 +232,13 @@ def test_bone_that_is_blurred_from_slice_to_slice_gets_its_power_back():
     assert power[1] == pytest.approx(power[2], rel=0.05)
     assert (made - real).abs().mean() < 0.6 * (decoded - real).abs().mean()
     assert fit([Example(real, real, real, SOFT)], SOFT).slice_gain == 0
+    blurred = torch.from_numpy(ndimage.gaussian_filter1d(real.numpy(), 1.0, axis=2, radius=4, mode="nearest"))
+    shown = [(Example(blurred, blurred, real, SOFT), blurred)]
+    assert _detailed(shown, Calibration.nothing(SOFT)).slice_gain == 1  # more where soft tissue takes more:
+    tissue = 0.08 * noise(10)
+    real, blurred = (torch.cat((bone, 0.05 + share * tissue), dim=4) for bone, share in ((real, 1), (blurred, 0.35)))
+    found = _detailed([(Example(blurred, blurred, real, SOFT), blurred)], Calibration.nothing(SOFT))
+    assert 1 < found.slice_gain <= found.gain
     wanted = real.clamp(SOFT[1], 1.0).double().numpy()
     wanted = wanted - ndimage.gaussian_filter1d(wanted, 0.6, axis=2, radius=2, mode="nearest")
     np.testing.assert_allclose(between_slices(real, SOFT), wanted, atol=1e-5)

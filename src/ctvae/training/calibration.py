@@ -50,10 +50,13 @@ from ctvae.training.autoencoder import Reconstruction
 
 MOST_GROUPS, FEWEST_GROUPS = 64, 4
 MOST_VOXELS = 2**25  # of all groups: each takes 20 bytes while the calibration is fitted
-MOST_SIGMA, MOST_GAIN, MOST_LEVEL_GAIN, MOST_BAND_GAIN = 1.0, 1.0, 2.0, 0.3
+MOST_SIGMA, MOST_LEVEL_GAIN = 1.0, 2.0
+MOST_BAND_GAIN = 0.3  # and as much again for each 1 of gain, which strengthens wider bands than it is for
+FIRST_GAIN, MOST_GAIN = 1.0, 4.0  # before there is grain, and with it: a decoder that no adversary has sharpened takes 2
+MOST_SLICE_GAIN = 1.0  # or as much as soft tissue takes
 ROUGHER = 1.1  # times as much as in scans neighbours in lungs differ where they are smoothed
 TRIED_GAIN = 0.1  # of a band, from which what it needs is told
-HALVINGS = 6  # of the range in which sigma and gain are looked for
+HALVINGS = 8  # of the range in which sigma and gain are looked for
 FEWEST_LEVELS = 8  # examples of which a line can be drawn
 Detail = Callable[[Tensor, Window], Tensor]
 Shown = Sequence[tuple["Example", Tensor]]  # each under curves and levels
@@ -137,10 +140,11 @@ def _levels(examples: Sequence[Example]) -> tuple[float, float]:
 
 def _detailed(shown: Shown, made: Calibration) -> Calibration:
     """With gains, and the grain that is missing then."""
-    for _ in range(2):  # grain is detail too: what it brings is not for the gain to bring
-        made = _with(made, "gain", _strong_enough(shown, made, "gain", detail))
+    for most in (FIRST_GAIN, MOST_GAIN):  # grain is detail too: what it brings is not for the gain to bring
+        made = _with(made, "gain", _strong_enough(shown, made, "gain", detail, most))
         made = _grained(shown, made)
-    made = _with(made, "slice_gain", _strong_enough(shown, made, "slice_gain", between_slices))
+    most = max(MOST_SLICE_GAIN, made.gain)
+    made = _with(made, "slice_gain", _strong_enough(shown, made, "slice_gain", between_slices, most))
     made = _dotless(shown, _settled(shown, made))
     return _dotless(shown, _settled(shown, _balanced(shown, made)))
 
@@ -155,7 +159,7 @@ def _balanced(shown: Shown, made: Calibration) -> Calibration:
     found = amplitudes(made)
     tried = [(amplitudes(_with(made, name, TRIED_GAIN)) - found) / TRIED_GAIN for name in BANDS]
     gains = torch.linalg.lstsq(torch.stack(tried, 1), (amplitudes(None) - found)[:, None], driver="gelsd").solution[:, 0]
-    if not bool((gains.abs() <= MOST_BAND_GAIN).all()):
+    if not bool((gains.abs() <= MOST_BAND_GAIN * (1 + made.gain)).all()):
         return made  # what takes more is no matter of bands
     for name, gain in zip(BANDS, gains.tolist(), strict=True):
         made = _with(made, name, gain)
@@ -200,8 +204,8 @@ def _with(calibration: Calibration, name: str, value: float) -> Calibration:
     return replace(calibration, **{name: value})  # type: ignore[arg-type]
 
 
-def _strong_enough(shown: Shown, made: Calibration, name: str, of: Detail) -> float:
-    """The gain of that name with which a kind of detail has the power that it has in scans."""
+def _strong_enough(shown: Shown, made: Calibration, name: str, of: Detail, most: float) -> float:
+    """The gain of that name with which a kind of detail has the power that it has in scans, or the most."""
     fine = _power(((e.real, body(e.real)) for e, _ in shown), of, made.soft)
     grain = [made.with_grain(x, e.places, _white(x)) - x for e, x in shown]
 
@@ -209,7 +213,7 @@ def _strong_enough(shown: Shown, made: Calibration, name: str, of: Detail) -> fl
         each = (_with(made, name, gain).sharpened(x, e.places) + g for g, (e, x) in zip(grain, shown, strict=True))
         return _power(((x, body(x)) for x in each), of, made.soft) < fine
 
-    return _least(weak, MOST_GAIN)
+    return _least(weak, most)
 
 
 def _white(x: Tensor) -> Tensor:
