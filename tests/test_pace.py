@@ -43,30 +43,6 @@ def test_a_decoder_of_few_steps_is_not_sharpened(stage, minutes, found):
     assert pace.without_sharpening(recipe(), minutes, stage) == found
 
 
-@pytest.mark.parametrize(
-    ("stage", "minutes", "found"),
-    [
-        ("both", 164, ["prior.detail_width=0"]),  # 0.58 of 1.15 of them: 4963 steps of a second
-        ("both", 166, []),  # 5023
-        ("prior", 83, ["prior.detail_width=0"]),
-        ("prior", 84, []),  # 5040
-        ("autoencoder", 1, []),
-        ("finish", 1, []),
-    ],
-)
-def test_a_flow_of_few_steps_has_no_local_network(stage, minutes, found, monkeypatch):
-    """By how long a step takes without it; what is set stays, and what begins with a trained model."""
-    monkeypatch.setattr(pace, "prior_step_seconds", lambda cfg: 1.0 + cfg.prior.detail_width)
-    assert pace.without_detail(recipe(), minutes, stage) == found
-    assert pace.without_detail(recipe(), minutes, stage, {"prior.detail_width"}) == []
-    assert pace.without_detail(recipe("prior.detail_width=0"), minutes, stage) == []
-    settled = settings.Settled(recipe())
-    short = settings.for_minutes(settled, minutes, stage, settings.Asked(overrides=tuple(OFF)))
-    wanted = "for a local network beside the flow (prior.detail_width=0)"
-    assert (short.planned, wanted in short.note) == ((*found,), bool(found))
-    assert settings.for_minutes(settled, minutes, stage, settings.Asked(start=Path("model"))) is settled
-
-
 @pytest.mark.usefixtures("one_second")
 def test_what_is_not_wanted_is_not_left_out():
     assert pace.without_sharpening(recipe(OFF[1]), 1) == OFF[:1]

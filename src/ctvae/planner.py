@@ -35,7 +35,7 @@ from ctvae.planning.report import Plan
 from ctvae.planning.sizes import parse_size, smaller, strides_for, written
 from ctvae.planning.workspace import Kernels
 from ctvae.runlog import MEMORY_SETTINGS
-from ctvae.training.pace import SHARPENING, TRAINED, shares, steps_for, wants, without_detail, without_sharpening
+from ctvae.training.pace import SHARPENING, TRAINED, shares, steps_for, wants, without_sharpening
 
 MEMORY_KEYS = frozenset(f"{section}.{key}" for section, keys in MEMORY_SETTINGS.items() for key in keys)
 KEPT_FREE = 0.1  # share of the memory that a plan leaves: the prediction's own error, and what else runs
@@ -108,13 +108,10 @@ def weigh(
 def with_hours(found: Plan, hours: float) -> Plan:
     """`found` with steps that take `hours` on this machine, measured: it trains a few steps for real, of both stages.
 
-    Polish and finish get their shares in minutes. They and the flow's local network are left out where there are too few.
+    Polish and finish get their shares in minutes, or are left out where there are too few.
     """
     cfg = load_recipe(found.method, found.overrides)
-    pinned = {text.partition("=")[0] for text in found.overrides}
-    short: list[str] = []
-    for left_out in (without_sharpening, without_detail):
-        short += left_out(with_overrides(cfg, short), 60 * hours, pinned=pinned)
+    short = without_sharpening(cfg, 60 * hours, pinned={text.partition("=")[0] for text in found.overrides})
     cfg = with_overrides(cfg, short)
     lengths = [*short, *steps_for(cfg, hours)]
     timed = {name: share for name, share in shares(cfg, "both").items() if name in SHARPENING}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ctvae.conditions import OF_GROUP
-from ctvae.config import Config, Training, with_overrides
+from ctvae.config import Config, Training
 from ctvae.device import generator, make_fabric, place
 from ctvae.latents import LatentCode, LatentSet
 from ctvae.models import build
@@ -27,8 +27,6 @@ SPATIAL_SHARES = {"autoencoder": 0.5, "prior": 0.5}
 SHARPENED_SHARES = {"autoencoder": 0.3, "polish": 0.12, "prior": 0.58, "finish": 0.15}
 SHARPENING = ("polish", "finish")
 FEWEST_STEPS = 1000  # of an autoencoder that is worth sharpening: before, all time is better spent on it and on the prior
-FEWEST_FLOW_STEPS = 5000  # of a flow by itself, before a local network is worth two thirds of its time
-WITHOUT_DETAIL = "prior.detail_width=0"
 STAGES = {"autoencoder": ("autoencoder", "polish"), "prior": ("prior",), "finish": ("finish",)}
 TRAINED = ("autoencoder", "polish", "prior", "finish")
 STAGES |= {"calibration": ("calibration",), "both": (*TRAINED, "calibration")}
@@ -63,17 +61,6 @@ def without_sharpening(cfg: Config, minutes: float, stage: str = "both", pinned:
         return []
     steps = 60 * minutes * shares(cfg, stage)["autoencoder"] / autoencoder_step_seconds(cfg)
     return [f"{name}.enabled=false" for name in ours] if steps < FEWEST_STEPS else []
-
-
-def without_detail(cfg: Config, minutes: float, stage: str = "both", pinned: Collection[str] = ()) -> list[str]:
-    """As settings: no local network on the latents' own grid, where `minutes` of `stage` are too few for the flow without it.
-
-    None where they are enough, where no prior is trained, and where that is `pinned`. Measures a step.
-    """
-    if "prior" not in STAGES[stage] or not cfg.prior.detail_width or "prior.detail_width" in pinned:
-        return []
-    seconds = prior_step_seconds(with_overrides(cfg, [WITHOUT_DETAIL]))
-    return [WITHOUT_DETAIL] if 60 * minutes * shares(cfg, stage)["prior"] / seconds < FEWEST_FLOW_STEPS else []
 
 
 def steps_for(cfg: Config, hours: float, stage: str = "both") -> list[str]:

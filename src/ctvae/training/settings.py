@@ -23,7 +23,7 @@ from ctvae.planning.remedies import next_smaller
 from ctvae.planning.sizes import written
 from ctvae.training import start
 from ctvae.training.groups import training_shape
-from ctvae.training.pace import STAGES, TRAINED, steps_for, wants, without_detail, without_sharpening
+from ctvae.training.pace import STAGES, TRAINED, steps_for, wants, without_sharpening
 
 SURELY_BYTES = 16_384  # per voxel of a batch: thirty times what any recipe takes. With less than that there is a plan to make
 SURELY_GB = 1.0  # and this for weights and the prior
@@ -104,22 +104,12 @@ def smaller(settled: Settled, asked: Asked, stage: str) -> Settled | None:
 
 
 def for_minutes(settled: Settled, minutes: float, stage: str, asked: Asked) -> Settled:
-    """Without sharpening and local network that `minutes` are too few for, but as somebody set it or a trained model has it."""
-    if asked.start:
-        return settled
-    cfg = settled.cfg
-    changes: list[str] = []
-    notes: list[str] = []
-    for left_out, what in (
-        (without_sharpening, "to sharpen the decoder as well"),
-        (without_detail, "for a local network beside the flow"),
-    ):
-        short = left_out(_share(cfg, asked.processes), minutes, stage, asked.pinned)
-        cfg, changes = with_overrides(cfg, short), [*changes, *short]
-        notes += [f"{what} ({', '.join(short)})"] if short else []
+    """Without the sharpening that `minutes` are too few for, unless somebody set it or the weights are a trained model's."""
+    changes = [] if asked.start else without_sharpening(_share(settled.cfg, asked.processes), minutes, stage, asked.pinned)
     if not changes:
         return settled
-    return Settled(cfg, _merged(settled.planned, changes), f"{minutes:.3g} minutes are too few {' and '.join(notes)}")
+    note = f"{minutes:.3g} minutes are too few to sharpen the decoder as well ({', '.join(changes)})"
+    return Settled(with_overrides(settled.cfg, changes), _merged(settled.planned, changes), note)
 
 
 def with_hours(settled: Settled, hours: float, stage: str, processes: int = 1) -> Settled:
