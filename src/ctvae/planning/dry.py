@@ -30,6 +30,7 @@ from ctvae.models.discriminator import PatchDiscriminator
 from ctvae.models.wavelet3d import Wavelet3DVAE, halo
 from ctvae.networks import Model, Size3, Wavelet3D
 from ctvae.planning.ledger import Ledger, dry_run, tensor_bytes, to_channels_last
+from ctvae.planning.remembered import remembered
 from ctvae.planning.workspace import Kernels
 from ctvae.training.autoencoder import VALIDATION_GROUPS, Objective, Reconstruction
 from ctvae.training.finish import FinishedPair, FinishObjective
@@ -82,6 +83,7 @@ def training(cfg: Config, kernels: Kernels, make: Builder = build) -> TrainingCo
     `make` builds another network than `cfg` describes (benchmarks/ablations.py). Raises DoesNotFit, ConfigError.
     """
     settings, shape = cfg.autoencoder.model_copy(update={"compile": False}), whole(cfg)  # fake tensors are for eager code
+    validating = remembered(_validating, cfg, kernels, make)
     with dry_run(kernels) as ledger:
         network = _network(cfg, shape, make)
         ema = EMA(network, settings.ema_decay)
@@ -103,7 +105,7 @@ def training(cfg: Config, kernels: Kernels, make: Builder = build) -> TrainingCo
 
         between = ledger.live_bytes
         with ema.applied_to(network):
-            validation = _validation(network, cfg, ledger)
+            validation = ledger.live_bytes + validating
         phases = {"step": step, "validation": validation}
         if kernels.device == "cpu":
             voxels = math.prod(shape)
@@ -155,6 +157,7 @@ def _decoder_against_a_judge(
     draw: Callable[[Wavelet3DVAE, Pair, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]], kernels: Kernels,
 ) -> int:  # fmt: skip
     settings: Sharpening = getattr(cfg, stage)
+    validating = remembered(_validating, cfg, kernels, build)
     with dry_run(kernels) as ledger:
         network = _network(cfg, whole(cfg))
         assert isinstance(network, Wavelet3DVAE)
@@ -182,7 +185,7 @@ def _decoder_against_a_judge(
         ema.update(pair, 0)
         peak, between = ledger.since(), ledger.live_bytes
         with ema.applied_to(pair):
-            peak = max(peak, _validation(network, cfg, ledger))
+            peak = max(peak, ledger.live_bytes + validating)
         return max(peak, between + _copied_to_save(pair, ema, *optimizers)) if kernels.device == "cpu" else peak
 
 
@@ -233,7 +236,8 @@ def prior(cfg: Config, groups: int, kernels: Kernels) -> PriorCost:
     `groups` in training; 0 where that is not known, and the latents are then not counted.
     """
     latent_shape = _latent_shape(cfg, _shapes_only(cfg), whole(cfg))
-    phases = {"encoding": _encoding_groups(cfg, kernels)}
+    any_batch = cfg.prior.model_copy(update={"batch": 1})  # of which encoding knows nothing
+    phases = {"encoding": remembered(_encoding_groups, cfg.model_copy(update={"prior": any_batch}), kernels)}
     svd_bytes = most_fitted(groups, latent_shape) * math.prod(latent_shape) * SVD_COPIES * FLOAT32
     with dry_run(kernels) as ledger:
         latents = _latents(most_fitted(max(2, groups * cfg.prior.encodings), latent_shape), latent_shape)
@@ -325,15 +329,17 @@ def _descend(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer,
     ema.update(network, 0)
 
 
-def _validation(network: Autoencoder, cfg: Config, ledger: Ledger) -> int:
-    """`validate` encodes and decodes whole groups at once, beside everything that training holds."""
-    ledger.since()
-    with torch.no_grad():
+def _validating(cfg: Config, kernels: Kernels, make: Builder) -> int:
+    """`validate` encodes and decodes whole groups at once: what that holds beside everything that training holds."""
+    with dry_run(kernels) as ledger, torch.no_grad():
+        network = _network(cfg, whole(cfg), make).eval()
+        held = ledger.live_bytes
+        ledger.since()
         x = torch.empty(1, 1, *whole(cfg))
         with autocast(cfg):
             y = network.decode(network.encode(x)[0]).float().clamp(-1, 1)
         (y - x).square().mean()
-    return ledger.since()
+        return ledger.since() - held
 
 
 def _copied_to_save(network: nn.Module, ema: EMA, *optimizers: torch.optim.Optimizer) -> int:

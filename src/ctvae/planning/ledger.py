@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from ctvae.planning.workspace import Kernels
 
 aten = torch.ops.aten
+DEVICE = torch.ops.prim.device.default
 ANY_NUMBER = 1.0  # what reading a number out of a fake tensor gives: sizes never depend on it
 
 
@@ -39,11 +40,11 @@ class Ledger(TorchDispatchMode):
         self._storages: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+        if func is DEVICE:  # asked of every fake tensor, many times
+            return args[0].fake_device
         if func is aten._local_scalar_dense.default:
             return ANY_NUMBER
-        if func is torch.ops.prim.device.default:  # asked of every fake tensor, many times
-            return args[0].fake_device
+        kwargs = kwargs or {}
         out = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
