@@ -31,7 +31,7 @@ from ctvae.errors import ModelError
 from ctvae.grain import Grain
 from ctvae.models.tone import KNOTS
 from ctvae.tiling import tiled
-from ctvae.training.calibration import Example, _balanced, _detailed, _grained, _settled, fit
+from ctvae.training.calibration import Example, _balanced, _detailed, _settled, fit
 
 SOFT = (-0.16, 0.24)
 SHAPE = (24, 32, 40)
@@ -384,49 +384,6 @@ def test_a_damaged_file_is_one_line(tmp_path, curves, meta):
     save(tmp_path / FILE, {**tensors, **curves}, {**told, **meta})
     with pytest.raises(ModelError, match=FILE):
         Calibration.load(tmp_path / FILE)
-
-
-def test_grain_is_the_noise_that_is_missing():
-    """Decoders give half of a scan's variance or less; samples with grain have all of it, in the frequencies of scans."""
-    smooth = torch.from_numpy(ndimage.gaussian_filter(noise(1)[0, 0].numpy(), 0.8, mode="wrap"))[None, None]
-    decoded = 0.05 + 0.006 * smooth / smooth.std()
-    known = (0.5, 1.0, 1.5, 0.8)
-    examples = [Example(decoded, decoded, decoded + 0.008 * s * noise(10 + n), SOFT) for n, s in enumerate(known)]
-    calibration = replace(fit(examples, SOFT), gain=0.0, plane_gain=0.0, depth_gain=0.0)
-    wanted = 0.008 * np.sqrt(np.mean(np.square(known)))
-    assert calibration.grain is not None
-    made = calibration(decoded, decoded, None, noise(50))
-    added = (made - decoded)[0, 0, 4:-4, 4:-4, 4:-4]
-    assert added.std().item() < 1.15 * wanted  # the gain has brought some of it
-    refitted = _grained([(e, e.under(calibration)) for e in examples], calibration)
-    added = (refitted(decoded, decoded, None, noise(50)) - decoded)[0, 0, 4:-4, 4:-4, 4:-4]
-    assert added.std().item() == pytest.approx(wanted, rel=0.06)
-    for axis in range(3):
-        a, b = (added.narrow(axis, start, added.shape[axis] - 1) for start in (0, 1))
-        assert abs((a * b).mean() / added.square().mean()) < 0.1  # white, as what is missing is
-    torch.testing.assert_close(refitted(decoded, decoded), decoded, atol=1e-4, rtol=0)  # without: as it is
-
-
-def test_a_decoder_that_lacks_no_noise_gets_no_grain():
-    real = 0.05 + 0.02 * noise(3)
-    assert fit([Example(real, real, real, SOFT)] * 4, SOFT).grain is None
-
-
-def test_lungs_have_grain_of_their_own_and_air_has_none():
-    decoded = torch.full((1, 1, *SHAPE), 0.05) + 0.01 * noise(1)
-    inside = (0, 0, slice(4, 20), slice(4, 28), slice(4, 20))
-    decoded[inside] = -0.75 + 0.02 * noise(2)[inside]
-    decoded[..., 32:] = -1.0
-    real = decoded.clone()
-    real[inside] += 0.05 * noise(3)[inside]
-    calibration = _grained([(Example(decoded, decoded, real, SOFT), decoded)], Calibration.nothing(SOFT))
-    assert calibration.grain is not None
-    assert calibration.grain.lung.square().sum().sqrt().item() == pytest.approx(0.05, rel=0.06)
-    assert not calibration.grain.soft.any()
-    added = calibration(decoded, decoded, None, noise(4)) - decoded
-    assert added[0, 0, 6:18, 6:26, 6:18].std().item() == pytest.approx(0.05, rel=0.06)
-    assert added[..., 22:].abs().max() < 1e-5
-    assert Places.of(decoded, SOFT).empty.any()
 
 
 @pytest.mark.parametrize("seed", range(6))

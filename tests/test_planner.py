@@ -386,9 +386,6 @@ def test_it_is_quick():
         return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before.ru_utime, done.stdout
 
     plan = ("-m", "ctvae", "plan", "--memory", "4GB", "--method")
-    for last in (False, True):  # what else runs makes processor time longer, too
-        took, said = seconds(*plan, "wavelet3d", "--size", "64x512x512")
-        assert "fits: training needs" in said
-        if took < 15 or took < 4 * seconds(*plan, "slice2d", "--size", "64x64x64")[0]:
-            break
-        assert not last, took
+    took, said = seconds(*plan, "wavelet3d", "--size", "64x512x512")
+    assert "fits: training needs" in said
+    assert took < 15 or took < 4 * seconds(*plan, "slice2d", "--size", "64x64x64")[0]
